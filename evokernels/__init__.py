@@ -1,0 +1,1 @@
+"""Evolved optimizer update rules, compiled into fused kernels."""

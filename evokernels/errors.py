@@ -1,0 +1,34 @@
+"""Every error a user can cause. A message says what was given, what is allowed and what to do."""
+
+__all__ = [
+    "BackendError",
+    "DatasetError",
+    "EvokernelsError",
+    "GenomeError",
+    "JournalError",
+    "OptimizerError",
+]
+
+
+class EvokernelsError(Exception):
+    """Base of all errors raised on purpose by this package."""
+
+
+class GenomeError(EvokernelsError, ValueError):
+    """A genome field, or a genome file, is not valid."""
+
+
+class OptimizerError(EvokernelsError, ValueError):
+    """The optimizer was given tensors, options or a state that it cannot use."""
+
+
+class BackendError(EvokernelsError, RuntimeError):
+    """The backend asked for cannot run here; the message carries its reason."""
+
+
+class DatasetError(EvokernelsError, RuntimeError):
+    """A data set is missing, unreadable or not of the documented form."""
+
+
+class JournalError(EvokernelsError, RuntimeError):
+    """A run folder or its journal is damaged, foreign, or belongs to another configuration."""

@@ -1,0 +1,258 @@
+"""The genome: one optimizer update rule as plain, validated, immutable data.
+
+What the fields mean for a training step is defined in ARCHITECTURE.md, "The rule".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import json
+import math
+import numbers
+import os
+import pathlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from evokernels.errors import GenomeError
+
+__all__ = ["Genome", "Term"]
+
+SCHEMA_VERSION = 1
+
+
+class Term(enum.IntEnum):
+    """The primitive terms; the codes are those of the source system."""
+
+    GRAD = 0
+    MOMENTUM = 1
+    RMS_NORM = 2
+    ADAM_TERM = 3
+    SIGN_GRAD = 4
+    SQRT_GRAD = 5
+    NESTEROV = 6
+
+    def __repr__(self) -> str:
+        return repr(self.name)  # so that repr(genome) can be evaluated
+
+    @classmethod
+    def parse(cls, value: object) -> Term:
+        """A term from its name or its integer code; raises GenomeError."""
+        if isinstance(value, str) and value in cls.__members__:
+            return cls[value]
+        if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+            if int(value) in cls._value2member_map_:
+                return cls(int(value))
+        raise GenomeError(
+            f"term_types holds {value!r}, which is no term; "
+            f"use one of {', '.join(f'{t.name} ({t.value})' for t in cls)}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """The values a numeric field may take, printed the way a message needs it."""
+
+    low: float
+    high: float
+    includes_low: bool = True
+    includes_high: bool = True
+
+    def __contains__(self, value: float) -> bool:
+        above = value >= self.low if self.includes_low else value > self.low
+        below = value <= self.high if self.includes_high else value < self.high
+        return above and below  # False for NaN
+
+    def __str__(self) -> str:
+        left, right = "(["[self.includes_low], ")]"[self.includes_high]
+        return f"{left}{self.low:g}, {self.high:g}{right}"
+
+
+# What a genome may hold. Wider than what the search explores (search/operators.py): a user may
+# want no decay at all (wd_log10 = -inf) or a learning rate that no search would propose.
+VALID = {
+    "lr_log10": Interval(-12, 2),
+    "beta1": Interval(0, 1, includes_high=False),
+    "beta2": Interval(0, 1, includes_high=False),
+    "eps_log10": Interval(-16, 0),
+    "wd_log10": Interval(-math.inf, 0),
+    "clip_value": Interval(0, math.inf, includes_low=False, includes_high=False),
+    "warmup_steps": Interval(0, 10**9),
+}
+VALID_ALPHA = Interval(-1e6, 1e6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Genome:
+    """One optimizer update rule: immutable, hashable, validated on construction.
+
+    Args:
+        term_types: terms added up in the update: names, ``Term`` members or the codes 0-6.
+        alphas: weight of each term, as many as ``term_types``; finite, within ±1e6.
+        lr_log10: learning rate, as a power of ten, in [-12, 2].
+        beta1: decay of the first moment, in [0, 1).
+        beta2: decay of the second moment, in [0, 1).
+        eps_log10: added to denominators, as a power of ten, in [-16, 0].
+        wd_log10: decoupled weight decay, as a power of ten, in [-inf, 0]; ``-inf`` is no decay.
+        use_m: keep a first moment; otherwise terms see the gradient in its place.
+        use_v: keep a second moment; otherwise terms see the squared gradient in its place.
+        use_bias_correction: divide the moments by ``1 - beta ** t``.
+        use_gradient_clipping: clamp every gradient element to ±``clip_value``.
+        clip_value: positive and finite.
+        use_warmup: raise the learning rate linearly over the first ``warmup_steps`` steps.
+        warmup_steps: a whole number of steps, at least 0.
+        use_cosine_decay: lower the learning rate along half a cosine over the whole training.
+
+    Raises:
+        GenomeError: naming the field, the value given and the values allowed.
+    """
+
+    term_types: Sequence[Term | str | int] = (Term.GRAD,)
+    alphas: Sequence[float] = (1.0,)
+    lr_log10: float = -3.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps_log10: float = -8.0
+    wd_log10: float = -4.0
+    use_m: bool = True
+    use_v: bool = True
+    use_bias_correction: bool = True
+    use_gradient_clipping: bool = False
+    clip_value: float = 1.0
+    use_warmup: bool = False
+    warmup_steps: int = 100
+    use_cosine_decay: bool = False
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = _normalised(field, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+        if not self.term_types:
+            raise GenomeError("term_types is empty; a genome needs at least one term")
+        if len(self.alphas) != len(self.term_types):
+            raise GenomeError(
+                f"alphas has {len(self.alphas)} entries for {len(self.term_types)} term_types; "
+                "give one weight for each term"
+            )
+
+    @property
+    def lr(self) -> float:
+        """Learning rate before warmup and cosine."""
+        return 10.0**self.lr_log10
+
+    @property
+    def eps(self) -> float:
+        """The constant added to denominators."""
+        return 10.0**self.eps_log10
+
+    @property
+    def weight_decay(self) -> float:
+        """Decoupled weight decay."""
+        return 10.0**self.wd_log10
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict: terms by name, no decay (``wd_log10 = -inf``) as None."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields["term_types"] = [term.name for term in self.term_types]
+        fields["alphas"] = list(self.alphas)
+        fields["wd_log10"] = None if self.wd_log10 == -math.inf else self.wd_log10
+        return {"schema_version": SCHEMA_VERSION, **fields}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Genome:
+        """The inverse of `to_dict`; also takes the dicts of the source system.
+
+        A dict without ``schema_version`` is one of the source system: fields that it leaves out
+        have their defaults. With a version every field must be there, so that an export which
+        lost a flag cannot come back as another optimizer.
+
+        Raises:
+            GenomeError: unknown or missing field, unknown version, or an invalid value.
+        """
+        if not isinstance(data, Mapping):
+            raise GenomeError(f"a genome is a JSON object, got {type(data).__name__}")
+        fields = dict(data)
+        version = fields.pop("schema_version", None)
+        if version not in (None, SCHEMA_VERSION):
+            raise GenomeError(
+                f"schema_version is {version!r}, this release reads {SCHEMA_VERSION}; "
+                "read the file with the release of evokernels that wrote it"
+            )
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+                raise GenomeError(f"unknown genome field {name!r}; {hint}")
+        missing = [name for name in known if name not in fields]
+        if version is not None and missing:
+            raise GenomeError(f"genome lacks {', '.join(missing)}; a versioned genome has them all")
+        if fields.get("wd_log10", 0) is None:
+            fields["wd_log10"] = -math.inf
+        return cls(**fields)
+
+    def to_json(self) -> str:
+        """Standard JSON (no NaN or Infinity), every digit kept, newline at the end."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Genome:
+        """The inverse of `to_json`; raises GenomeError for text that is no valid genome."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise GenomeError(f"not JSON: {error}") from None
+        return cls.from_dict(data)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the genome as JSON; a reader never sees half a file."""
+        path = pathlib.Path(path)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=path.name, suffix=".part", delete=False
+        ) as part:
+            part.write(self.to_json())
+        os.chmod(part.name, 0o644)  # a temporary file is private; a result is not
+        os.replace(part.name, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Genome:
+        """Read a JSON genome; raises GenomeError naming the file."""
+        try:
+            return cls.from_json(pathlib.Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, GenomeError) as error:
+            raise GenomeError(f"cannot read genome {os.fspath(path)!r}: {error}") from None
+
+
+def _normalised(field: dataclasses.Field, value: Any) -> Any:
+    """The value in the one type its field is stored in, or a GenomeError."""
+    if field.name == "term_types":
+        return tuple(Term.parse(term) for term in _items(field.name, value))
+    if field.name == "alphas":
+        return tuple(_number("alphas", alpha, VALID_ALPHA) for alpha in _items(field.name, value))
+    if field.type == "bool":
+        if not isinstance(value, bool):
+            raise GenomeError(f"{field.name} must be True or False, got {value!r}")
+        return value
+    number = _number(field.name, value, VALID[field.name])
+    if field.type == "int":
+        if not number.is_integer():
+            raise GenomeError(f"{field.name} must be a whole number of steps, got {value!r}")
+        return int(number)
+    return number
+
+
+def _items(name: str, value: Any) -> Sequence[Any]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise GenomeError(f"{name} must be a list or tuple, got {value!r}")
+    return value
+
+
+def _number(name: str, value: Any, allowed: Interval) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise GenomeError(f"{name} must be a number in {allowed}, got {value!r}")
+    if float(value) not in allowed:
+        raise GenomeError(f"{name} must lie in {allowed}, got {value!r}")
+    return float(value)

@@ -1,0 +1,64 @@
+"""Named genomes: the four baselines of the source system and its published result.
+
+The baselines coincide with torch.optim (python_tests/test_reference.py holds them to it):
+
+| here | torch.optim |
+|---|---|
+| ``sgd_momentum`` | ``SGD(lr=1e-3, momentum=0.9)``: the first moment is an average, so it is ten times
+  smaller than torch's sum, and lr 1e-2 here is lr 1e-3 there |
+| ``rmsprop`` | ``RMSprop(lr=1e-3, alpha=0.99)`` |
+| ``adam`` | ``Adam(lr=1e-3)`` |
+| ``adamw`` | ``AdamW(lr=1e-3, weight_decay=1e-2)`` |
+"""
+
+import math
+
+from evokernels.genome import Genome, Term
+
+__all__ = ["GENOMES", "adam", "adamw", "evolved_2025", "rmsprop", "sgd_momentum"]
+
+sgd_momentum = Genome(
+    term_types=[Term.MOMENTUM],
+    lr_log10=-2.0,
+    wd_log10=-math.inf,
+    use_v=False,
+    use_bias_correction=False,
+)
+
+rmsprop = Genome(
+    term_types=[Term.RMS_NORM],
+    beta2=0.99,
+    wd_log10=-math.inf,
+    use_m=False,
+    use_bias_correction=False,
+)
+
+adam = Genome(term_types=[Term.ADAM_TERM], wd_log10=-math.inf)
+
+adamw = Genome(term_types=[Term.ADAM_TERM], wd_log10=-2.0)
+
+# M. Marfinetz, "Evolutionary Optimizer Discovery", 2025, section 8: all digits, all flags.
+evolved_2025 = Genome(
+    term_types=[Term.SIGN_GRAD, Term.SIGN_GRAD, Term.ADAM_TERM, Term.ADAM_TERM],
+    alphas=[0.41205802174892475, 0.32238621456272765, 2.0030004279455267, 1.6322011630060542],
+    lr_log10=-2.9198932483267144,
+    beta1=0.8553020861538518,
+    beta2=0.9357561078635277,
+    eps_log10=-8.26423960220415,
+    wd_log10=-3.0112238437153316,
+    use_m=True,
+    use_v=True,
+    use_bias_correction=False,
+    use_gradient_clipping=False,
+    use_warmup=True,
+    warmup_steps=100,
+    use_cosine_decay=True,
+)
+
+GENOMES = {
+    "sgd_momentum": sgd_momentum,
+    "rmsprop": rmsprop,
+    "adam": adam,
+    "adamw": adamw,
+    "evolved_2025": evolved_2025,
+}
