@@ -43,9 +43,9 @@ class Term(enum.IntEnum):
         """A term from its name or its integer code; raises GenomeError."""
         if isinstance(value, str) and value in cls.__members__:
             return cls[value]
-        if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-            if int(value) in cls._value2member_map_:
-                return cls(int(value))
+        is_code = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if is_code and int(value) in cls._value2member_map_:
+            return cls(int(value))
         raise GenomeError(
             f"term_types holds {value!r}, which is no term; "
             f"use one of {', '.join(f'{t.name} ({t.value})' for t in cls)}"

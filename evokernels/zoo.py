@@ -1,14 +1,9 @@
 """Named genomes: the four baselines of the source system and its published result.
 
 The baselines coincide with torch.optim (python_tests/test_reference.py holds them to it):
-
-| here | torch.optim |
-|---|---|
-| ``sgd_momentum`` | ``SGD(lr=1e-3, momentum=0.9)``: the first moment is an average, so it is ten times
-  smaller than torch's sum, and lr 1e-2 here is lr 1e-3 there |
-| ``rmsprop`` | ``RMSprop(lr=1e-3, alpha=0.99)`` |
-| ``adam`` | ``Adam(lr=1e-3)`` |
-| ``adamw`` | ``AdamW(lr=1e-3, weight_decay=1e-2)`` |
+``rmsprop`` with ``RMSprop(lr=1e-3, alpha=0.99)``, ``adam`` with ``Adam(lr=1e-3)``, ``adamw`` with
+``AdamW(lr=1e-3, weight_decay=1e-2)`` and ``sgd_momentum`` with ``SGD(lr=1e-3, momentum=0.9)``: the
+first moment is an average, ten times smaller than torch's sum, so lr 1e-2 here is lr 1e-3 there.
 """
 
 import math

@@ -1,0 +1,45 @@
+"""A genome in words: its rule as formulas with numbers, for people."""
+
+from __future__ import annotations
+
+from evokernels.compiler import terms
+from evokernels.compiler.expr import Constant, Symbol, substitute
+from evokernels.compiler.linear import linear, linear_expr
+from evokernels.compiler.lower import lower, weighted_terms
+from evokernels.genome import Genome
+
+__all__ = ["formula"]
+
+
+def formula(genome: Genome) -> str:
+    """The rule of one step, a line an assignment; moments that nothing reads are left out."""
+    rule = lower(genome)
+    numbers = {
+        symbol: Constant(terms.genome_scalars(genome, t=1)[symbol.name])
+        for symbol in (terms.weight_decay, terms.beta1, terms.beta2, terms.eps, terms.clip)
+    }
+    lines = [_schedule(genome)]
+    if genome.use_gradient_clipping:
+        lines.append(f"g ← {linear_expr(linear(substitute(terms.CLIPPED_GRADIENT, numbers)))}")
+    corrected = {}
+    for moment, update, beta in (
+        (terms.m, terms.FIRST_MOMENT, genome.beta1),
+        (terms.v, terms.SECOND_MOMENT, genome.beta2),
+    ):
+        if moment.name in rule.program.state:
+            lines.append(f"{moment} ← {linear_expr(linear(substitute(update, numbers)))}")
+            if genome.use_bias_correction:
+                corrected[moment] = Symbol(f"{moment}^", per_element=True)
+                lines.append(f"{moment}^ = {moment} / (1 - {beta:.6g}^t)")
+    update = linear(substitute(weighted_terms(genome, corrected), numbers))
+    lines.append(f"p ← p - lr * ({linear_expr(update)})")
+    return "\n".join(lines)
+
+
+def _schedule(genome: Genome) -> str:
+    text = f"lr = {genome.lr:.6g}"
+    if genome.use_warmup:
+        text += f", reached linearly over {genome.warmup_steps} steps"
+    if genome.use_cosine_decay:
+        text += ", falling along half a cosine to 0 at the last step"
+    return text

@@ -1,0 +1,197 @@
+"""Genome → rule: the linear form of its update, the program that computes it, its numbers.
+
+The passes, in order:
+
+1. add up the weighted terms of the catalogue and the weight decay;
+2. substitute corrected moments, and what stands in for unused ones;
+3. bring the sum into linear form: equal terms merge, bias correction folds into scalars, quotients
+   over equal denominators can be collected, terms whose weights cancel disappear;
+4. assemble single assignments; moments that nothing reads are dropped.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from evokernels.compiler import terms
+from evokernels.compiler.expr import Call, Constant, Expr, Symbol, compiled, substitute
+from evokernels.compiler.linear import ONE, Linear, coefficient_expr, linear
+from evokernels.compiler.program import Line, Program
+from evokernels.genome import Genome
+
+__all__ = ["Rule", "assemble", "lower", "update_form", "weighted_terms"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A genome, compiled as far as it goes without a machine.
+
+    Attributes:
+        update: what is subtracted from the parameter, learning rate included, as a linear form.
+        program: the structure; genomes that differ in numbers only share it.
+        formulas: the scalar formula of each of ``program.scalars``, over ``lr``,
+            ``weight_decay``, ``beta1``, ``beta2``, ``bias1``, ``bias2``, ``eps``, ``clip``.
+    """
+
+    genome: Genome
+    update: Linear
+    program: Program
+    formulas: tuple[Expr, ...]
+
+    @functools.cached_property
+    def numbers(self) -> Callable[[Mapping[str, float]], list[float]]:
+        """A function from the hyperparameters of a step to the program's scalars, in float64."""
+        functions = [compiled(formula) for formula in self.formulas]
+        return lambda hyperparameters: [float(f(hyperparameters)) for f in functions]
+
+
+@functools.lru_cache(maxsize=4096)
+def lower(genome: Genome) -> Rule:
+    """Compile a genome into its rule."""
+    update = update_form(genome)
+    program, formulas = assemble(update, clipping=genome.use_gradient_clipping)
+    return Rule(genome, update, program, formulas)
+
+
+def update_form(genome: Genome) -> Linear:
+    """Passes 1 to 3: the update of a genome in linear form."""
+    corrected = {terms.m: terms.CORRECTED_M, terms.v: terms.CORRECTED_V}
+    return linear(
+        terms.lr * weighted_terms(genome, corrected if genome.use_bias_correction else {})
+    )
+
+
+def weighted_terms(genome: Genome, moments: Mapping[Symbol, Expr]) -> Expr:
+    """Passes 1 and 2: what the learning rate multiplies.
+
+    Args:
+        moments: what terms see in place of ``m`` and ``v`` where the genome uses them.
+    """
+    seen = dict(moments)
+    if not genome.use_m:
+        seen[terms.m] = terms.UNUSED_M
+    if not genome.use_v:
+        seen[terms.v] = terms.UNUSED_V
+    total: Expr = terms.DECAY
+    for term, alpha in zip(genome.term_types, genome.alphas, strict=True):
+        total = total + alpha * terms.CATALOGUE[term]
+    return substitute(total, seen)
+
+
+def assemble(update: Linear, *, clipping: bool) -> tuple[Program, tuple[Expr, ...]]:
+    """Pass 4: the program that applies an update, and the formulas of its scalars."""
+    assembler = _Assembler()
+    if clipping:
+        assembler.values[terms.g] = assembler.value(terms.CLIPPED_GRADIENT)
+    read = {symbol for atom in update for symbol in _symbols(atom)}
+    state = []
+    for moment, formula in ((terms.m, terms.FIRST_MOMENT), (terms.v, terms.SECOND_MOMENT)):
+        if moment in read:
+            assembler.values[moment] = assembler.value(formula)
+            state.append(moment.name)
+    results = (
+        ("p", assembler.line("sub", assembler.value(terms.p), assembler.total(update))),
+        *((name, assembler.values[Symbol(name, per_element=True)]) for name in state),
+    )
+    program = Program(tuple(state), tuple(assembler.scalars), tuple(assembler.lines), results)
+    return program.verify(), tuple(assembler.scalars.values())
+
+
+class _Assembler:
+    """Collects assignments; equal operations are assigned once.
+
+    A scalar is named after what it does in the structure ("weight of m / (sqrt(v) + 1)"), never
+    after its number, so that rules of equal structure get equal programs.
+    """
+
+    def __init__(self) -> None:
+        self.lines: list[Line] = []
+        self.scalars: dict[str, Expr] = {}
+        self.values: dict[Expr, str] = {}
+        self._assigned: dict[tuple[str, ...], str] = {}
+
+    def line(self, op: str, *args: str) -> str:
+        """The name of a value computed from named values."""
+        key = (op, *args)
+        if key not in self._assigned:
+            self._assigned[key] = f"t{len(self.lines)}"
+            self.lines.append(Line(self._assigned[key], op, args))
+        return self._assigned[key]
+
+    def scalar(self, role: str, formula: Expr) -> str:
+        """The operand of a run-time number."""
+        if self.scalars.setdefault(role, formula) != formula:
+            role += "'"  # a second sum of the same shape with other numbers
+            return self.scalar(role, formula)
+        return f"k{list(self.scalars).index(role)}"
+
+    def value(self, expr: Expr) -> str:
+        """A formula of the catalogue as it is written."""
+        if expr in self.values:
+            return self.values[expr]
+        if isinstance(expr, Symbol) and expr.per_element:
+            return expr.name
+        if not getattr(expr, "per_element", False):
+            return self.scalar(str(expr), expr)
+        return self.line(expr.op, *(self.value(arg) for arg in expr.args))
+
+    def total(self, form: Linear) -> str:
+        """The update: plain atoms, then one quotient for each denominator."""
+        parts = []
+        for denominator, group in itertools.groupby(form.items(), key=_denominator):
+            if denominator is None:
+                parts.append(self.weighted_sum(dict(group), "", "weigh"))
+                continue
+            shape = f" / ({_shape(denominator)})"
+            numerators = {atom.args[0]: coefficient for atom, coefficient in group}
+            dividend = self.weighted_sum(numerators, shape, "weigh")
+            divisor = self.weighted_sum(linear(denominator), f" in{shape}", "mul")
+            parts.append(self.line("div", dividend, divisor))
+        return functools.reduce(functools.partial(self.line, "add"), parts)
+
+    def weighted_sum(self, form: Linear, role: str, weigh: str) -> str:
+        """A sum of atoms, each times a run-time number named after the atom and `role`."""
+        parts = []
+        for atom, coefficient in form.items():
+            weight = self.scalar(f"weight of {_shape(atom)}{role}", coefficient_expr(coefficient))
+            parts.append(weight if atom == ONE else self.line(weigh, weight, self.atom(atom)))
+        return functools.reduce(functools.partial(self.line, "add"), parts)
+
+    def atom(self, atom: Expr) -> str:
+        """An atom, whose operands are linear forms of their own."""
+        if isinstance(atom, Symbol):
+            return self.value(atom)
+        return self.line(atom.op, *(self.operand(arg, atom.op) for arg in atom.args))
+
+    def operand(self, expr: Expr, role: str) -> str:
+        """An operand of an atom: another atom as it is, or a weighted sum."""
+        form = linear(expr)
+        if list(form.values()) == [{(): 1.0}] and ONE not in form:
+            return self.atom(next(iter(form)))
+        return self.weighted_sum(form, f" in {role}", "mul")
+
+
+def _denominator(item: tuple[Expr, object]) -> Expr | None:
+    atom, _ = item
+    return atom.args[1] if isinstance(atom, Call) and atom.op == "div" else None
+
+
+def _symbols(expr: Expr) -> set[Symbol]:
+    if isinstance(expr, Call):
+        return set().union(*(_symbols(arg) for arg in expr.args))
+    return {expr} if isinstance(expr, Symbol) else set()
+
+
+def _shape(expr: Expr) -> str:
+    """An expression with its numbers left out, as text."""
+    form = linear(expr)
+    bare = [
+        atom
+        if isinstance(atom, (Symbol, Constant))
+        else f"{atom.op}({', '.join(_shape(arg) for arg in atom.args)})"
+        for atom in form
+    ]
+    return " + ".join(str(atom) for atom in bare)
