@@ -1,0 +1,1 @@
+"""Evolution of optimizers: evaluate genomes by training, journal every evaluation, report."""

@@ -1,0 +1,1 @@
+"""Search strategies: ask for candidates, tell their scores. No torch, no hidden randomness."""

@@ -1,0 +1,59 @@
+"""What a training run is worth, and what a genome is worth over many runs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+
+from evokernels.search.score import Score, Status
+
+__all__ = [
+    "DIVERGED_FITNESS",
+    "FINAL_STEPS",
+    "diverged",
+    "final_loss",
+    "genome_score",
+    "run_fitness",
+]
+
+# The fitness of the source system, section 3.3: accuracy decides, and a low training loss is
+# worth at most 0.05 beside it.
+LOSS_WEIGHT = 0.05
+LOSS_LIMIT = 50.0
+FINAL_STEPS = 50
+DIVERGED_FITNESS = -1.0
+
+
+def diverged(loss: float) -> bool:
+    """Whether a training loss is NaN, infinite or above 50: the run is lost."""
+    return not loss <= LOSS_LIMIT  # NaN compares False
+
+
+def final_loss(losses: Sequence[float]) -> float:
+    """Mean training loss of the last 50 steps, or of all of them where there are fewer."""
+    return statistics.fmean(losses[-FINAL_STEPS:])
+
+
+def run_fitness(accuracy: float, loss: float) -> float:
+    """Fitness of one training run that did not diverge.
+
+    Args:
+        accuracy: share of test images classified correctly, in [0, 1].
+        loss: `final_loss` of the run.
+    """
+    return accuracy + LOSS_WEIGHT * max(0.0, 1.0 - loss)
+
+
+def genome_score(runs: Mapping[str, Iterable[tuple[float, Status]]]) -> Score:
+    """Score of a genome: the mean over the seeds of each task, then over the tasks.
+
+    A genome that diverged in any run has the status ``DIVERGED``: an optimizer that fails one
+    training in six is no optimizer, however good the other five are.
+
+    Args:
+        runs: for each task, the fitness and the status of each of its runs.
+    """
+    by_task = {task: list(pairs) for task, pairs in runs.items()}
+    means = [statistics.fmean(fitness for fitness, _ in pairs) for pairs in by_task.values()]
+    failed = any(status is not Status.OK for pairs in by_task.values() for _, status in pairs)
+    return Score(statistics.fmean(means), Status.DIVERGED if failed else Status.OK)

@@ -1,0 +1,277 @@
+"""The journal of a run: an SQLite file with one row for every evaluation.
+
+The search is deterministic given its seed and its scores, so the journal is all there is to save:
+a run resumes by replaying it. Every row is committed as soon as its evaluation ends, so a run
+killed at any moment loses only what was in flight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import pathlib
+import sqlite3
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from evokernels.errors import JournalError
+from evokernels.evolution.evaluator import Outcome, Trial
+from evokernels.genome import Genome
+from evokernels.search.score import Status
+
+__all__ = ["Entry", "Journal", "open_journal"]
+
+JOURNAL = "journal.sqlite"
+LOCK = "lock"
+UNFINISHED = "journal.sqlite.new"
+
+APPLICATION_ID = int.from_bytes(b"EVOK", "big")
+SCHEMA_VERSION = 1
+SCHEMA = """
+CREATE TABLE run (
+    settings TEXT NOT NULL            -- JSON: all that the history of the run depends on
+);
+CREATE TABLE evaluation (
+    generation INTEGER,               -- NULL: the final comparison
+    place INTEGER,                    -- in the generation; NULL: the final comparison
+    genome TEXT NOT NULL,             -- JSON
+    key TEXT NOT NULL,                -- equal for genomes that are one optimizer
+    task TEXT NOT NULL,
+    seed INTEGER NOT NULL,
+    status TEXT NOT NULL,
+    fitness REAL NOT NULL,
+    accuracy REAL,                    -- NULL: diverged
+    final_loss REAL,                  -- NULL: diverged
+    steps INTEGER NOT NULL,
+    seconds REAL NOT NULL,
+    images TEXT NOT NULL,             -- digest of the data set
+    UNIQUE (key, task, seed)
+);
+"""
+COLUMNS = (
+    "generation, place, genome, key, task, seed, "
+    "status, fitness, accuracy, final_loss, steps, seconds, images"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One evaluation and where in the run it was first needed.
+
+    Attributes:
+        generation: of the search; None in the final comparison.
+        place: in that generation; None in the final comparison.
+        key: `evokernels.compiler.canonical.canonical_key` of the genome.
+    """
+
+    generation: int | None
+    place: int | None
+    key: str
+    trial: Trial
+    outcome: Outcome
+
+
+class Journal:
+    """The evaluations of a run, in memory and on disk; made by `open_journal`."""
+
+    def __init__(self, path: pathlib.Path, connection: sqlite3.Connection) -> None:
+        self.path = path
+        self._connection = connection
+        self._entries = {
+            (entry.key, entry.trial.task, entry.trial.seed): entry
+            for entry in map(
+                _entry, connection.execute(f"SELECT {COLUMNS} FROM evaluation ORDER BY rowid")
+            )
+        }
+        self._genomes = {
+            (entry.generation, entry.place): entry.trial.genome
+            for entry in self._entries.values()
+            if entry.generation is not None
+        }
+        self._images = {entry.trial.task: entry.outcome.images for entry in self._entries.values()}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def find(self, key: str, task: str, seed: int) -> Entry | None:
+        """The evaluation of this optimizer on this task with this seed, if there is one."""
+        return self._entries.get((key, task, seed))
+
+    def check_replay(self, generation: int, genomes: tuple[Genome, ...]) -> None:
+        """Raises JournalError if ``genomes`` are not those that the journal has recorded."""
+        for place, genome in enumerate(genomes):
+            if self._genomes.get((generation, place), genome) != genome:
+                raise JournalError(
+                    f"{self.path} was written by another version of the search: genome {place} of "
+                    f"generation {generation} differs; resume with the version that began the "
+                    "run, or use another run folder"
+                )
+
+    def add(self, entry: Entry) -> None:
+        """Commit one evaluation to disk.
+
+        Raises:
+            JournalError: it cannot be written, or was not made with the images of the run.
+        """
+        trial, outcome = entry.trial, entry.outcome
+        if self._images.setdefault(trial.task, outcome.images) != outcome.images:
+            raise JournalError(
+                f"the images of {trial.task} are not those that the run in {self.path.parent} "
+                "began with; point the data folder back at those, or use another run folder"
+            )
+        row = (
+            *(entry.generation, entry.place, json.dumps(trial.genome.to_dict(), allow_nan=False)),
+            *(entry.key, trial.task, trial.seed, outcome.status.value, outcome.fitness),
+            *(outcome.accuracy, outcome.final_loss, outcome.steps, outcome.seconds),
+            outcome.images,
+        )
+        with _clear_errors(self.path):
+            marks = ", ".join("?" * len(row))
+            self._connection.execute(f"INSERT INTO evaluation ({COLUMNS}) VALUES ({marks})", row)
+        self._entries[entry.key, trial.task, trial.seed] = entry
+
+
+@contextlib.contextmanager
+def open_journal(folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> Iterator[Journal]:
+    """The journal of the run in ``folder``; a new or empty folder begins a new run.
+
+    Args:
+        folder: the run folder; created if it is missing.
+        settings: JSON values, all that the history of the run depends on.
+
+    Raises:
+        JournalError: the folder holds something else, belongs to a run with other settings or to
+            a newer release, is in use by another process, or is damaged or not writable. Nothing
+            in it is changed.
+    """
+    folder = pathlib.Path(folder)
+    path = folder / JOURNAL
+    settings = json.loads(json.dumps(settings))  # tuples become lists, as they will be read back
+    with _clear_errors(path):
+        _refuse_foreign(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        with _clear_errors(path):
+            if not path.exists():
+                _create(path, settings)
+            _check(path, settings)
+        with contextlib.closing(_connect(path, "rw")) as connection:
+            with _clear_errors(path):
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute("PRAGMA synchronous = FULL")  # beside seconds of training: free
+                journal = Journal(path, connection)
+                if not len(journal):  # `_check` let other settings pass
+                    connection.execute("UPDATE run SET settings = ?", [json.dumps(settings)])
+            yield journal
+
+
+def _refuse_foreign(folder: pathlib.Path) -> None:
+    """A run folder has a journal, or nothing but what a run killed at its start leaves behind."""
+    if not folder.exists() or (folder / JOURNAL).exists():
+        return
+    others = sorted(item.name for item in folder.iterdir() if item.name not in (LOCK, UNFINISHED))
+    if others:
+        raise JournalError(
+            f"{folder} is not a run folder: it has {others[0]!r} but no {JOURNAL}; "
+            "use a new or an empty folder"
+        )
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[None]:
+    """Holds the run folder; the kernel lets go of it when this process ends, however it ends."""
+    with _clear_errors(folder / LOCK):
+        lock = open(folder / LOCK, "a+")  # noqa: SIM115 (closed below)
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise JournalError(
+                f"{folder} is in use by process {lock.read().strip() or 'unknown'}; "
+                "wait for it to end, or use another run folder"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield
+
+
+def _create(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
+    """Write an empty journal under another name first: a journal that exists is whole."""
+    unfinished = path.with_name(UNFINISHED)
+    unfinished.unlink(missing_ok=True)
+    with contextlib.closing(_connect(unfinished, "rwc")) as connection:
+        connection.executescript(SCHEMA)
+        connection.execute("INSERT INTO run VALUES (?)", [json.dumps(settings)])
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    unfinished.replace(path)
+
+
+def _check(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
+    """Look at an existing journal without writing to it; raises JournalError."""
+    with path.open("rb") as file:
+        header = file.read(100)
+    # the file format of SQLite, section 1.3; read here because opening a foreign database could
+    # already write to it (a recovery, a checkpoint)
+    version, application = (int.from_bytes(header[at : at + 4], "big") for at in (60, 68))
+    if not header.startswith(b"SQLite format 3\0") or application != APPLICATION_ID:
+        raise JournalError(f"{path} is not a journal of evokernels; use another run folder")
+    if version != SCHEMA_VERSION:
+        raise JournalError(
+            f"{path} has schema version {version}, this release reads {SCHEMA_VERSION}; "
+            "resume with the release that began the run, or use another run folder"
+        )
+    with contextlib.closing(_connect(path, "ro")) as connection:
+        (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise sqlite3.DatabaseError(verdict)
+        (text,) = connection.execute("SELECT settings FROM run").fetchone()
+        (evaluations,) = connection.execute("SELECT count(*) FROM evaluation").fetchone()
+    if not evaluations:
+        return  # a run that failed at its start, perhaps because of its settings
+    recorded = json.loads(text)
+    differing = [
+        f"{name} {json.dumps(recorded.get(name))} (now {json.dumps(settings.get(name))})"
+        for name in sorted({*recorded, *settings})
+        if recorded.get(name) != settings.get(name)
+    ]
+    if differing:
+        raise JournalError(
+            f"{path} belongs to a run with other settings: {', '.join(differing)}; "
+            "repeat the old settings to resume it, or use another run folder (--out)"
+        )
+
+
+def _connect(path: pathlib.Path, mode: str) -> sqlite3.Connection:
+    """A connection that commits every statement; only mode "rwc" creates a file."""
+    return sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None
+    )
+
+
+def _entry(row: tuple) -> Entry:
+    generation, place, genome, key, task, seed, status, *measured = row
+    trial = Trial(Genome.from_json(genome), task, seed)
+    return Entry(generation, place, key, trial, Outcome(Status(status), *measured))
+
+
+@contextlib.contextmanager
+def _clear_errors(path: pathlib.Path) -> Iterator[None]:
+    """What goes wrong with a file, as one line that says which file and what to do."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise JournalError(f"cannot use {path}: {error}; check the folder and the disk") from None
+    except (sqlite3.DatabaseError, ValueError, TypeError) as error:
+        raise JournalError(
+            f"{path} is damaged: {error}; restore it from a copy, or use another run folder"
+        ) from None
+    except OSError as error:
+        raise JournalError(
+            f"cannot use {path}: {error.strerror}; choose a folder that can be written"
+        ) from None

@@ -1,0 +1,155 @@
+"""What a run leaves behind: history.csv, best_genome.json, evolution.png, and how to use it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import pathlib
+from collections.abc import Sequence
+
+from evokernels.evolution.comparison import Comparison
+from evokernels.evolution.files import write_atomically
+from evokernels.evolution.run import Generation
+from evokernels.genome import Genome
+
+__all__ = [
+    "BEST_GENOME",
+    "EVOLUTION_PLOT",
+    "HISTORY",
+    "history_csv",
+    "plot_comparison",
+    "plot_history",
+    "usage",
+    "write_best_genome",
+    "write_history",
+]
+
+BEST_GENOME = "best_genome.json"
+HISTORY = "history.csv"
+EVOLUTION_PLOT = "evolution.png"
+
+BEST_COLOUR, MEAN_COLOUR = "#0b6e4f", "#8a8a8a"
+
+
+def history_csv(history: Sequence[Generation]) -> str:
+    """One line a generation, floats with all their digits; no times, so that an interrupted and
+    an unbroken run give the same bytes. Generations count from 1, as on screen."""
+    tasks = list(history[0].task_best)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        ["generation", "best_fitness", "mean_fitness", "best_so_far", "best_accuracy"]
+        + [f"{kind}_{task}" for task in tasks for kind in ("best", "mean")]
+        + ["evaluations", "reused", "diverged"]
+    )
+    for entry in history:
+        writer.writerow(
+            [entry.number + 1, entry.best, entry.mean, entry.best_so_far, entry.best_accuracy]
+            + [values[task] for task in tasks for values in (entry.task_best, entry.task_mean)]
+            + [entry.evaluations, entry.reused, entry.diverged]
+        )
+    return text.getvalue()
+
+
+def write_history(folder: pathlib.Path, history: Sequence[Generation]) -> None:
+    """Write ``history.csv``; raises JournalError if it cannot."""
+    write_atomically(folder / HISTORY, history_csv(history).encode())
+
+
+def write_best_genome(folder: pathlib.Path, genome: Genome) -> None:
+    """Write ``best_genome.json``; raises JournalError if it cannot."""
+    write_atomically(folder / BEST_GENOME, genome.to_json().encode())
+
+
+def usage(folder: pathlib.Path, steps: int) -> str:
+    """Three lines of Python that put the best genome to work on a ``model``.
+
+    Args:
+        folder: the run folder.
+        steps: the length of training to fill in: the one that the genome was selected at.
+    """
+    path = str((folder / BEST_GENOME).resolve())
+    return (
+        "from evokernels import FusedEvolvedOptimizer, Genome\n"
+        f"genome = Genome.load({path!r})\n"
+        f"optimizer = FusedEvolvedOptimizer(model.parameters(), genome, total_steps={steps})"
+    )
+
+
+def plot_history(folder: pathlib.Path, history: Sequence[Generation]) -> None:
+    """Write ``evolution.png``: best and mean fitness over the generations, overall and per task.
+
+    A mean far below the best (a diverged run counts as -1) is cut off at the panel's lower edge,
+    so that the differences between good genomes stay visible.
+    """
+    tasks = list(history[0].task_best)
+    panels = [("all tasks", [e.best for e in history], [e.mean for e in history])]
+    if len(tasks) > 1:
+        panels += [
+            (task, [e.task_best[task] for e in history], [e.task_mean[task] for e in history])
+            for task in tasks
+        ]
+    else:
+        panels[0] = (tasks[0], *panels[0][1:])
+    numbers = [entry.number + 1 for entry in history]
+    figure = _figure(3.6 * len(panels) + 0.6, 3.4)
+    for place, (title, best, mean) in enumerate(panels, start=1):
+        axes = figure.add_subplot(1, len(panels), place)
+        axes.plot(numbers, best, color=BEST_COLOUR, marker="o", markersize=3, label="best")
+        axes.plot(numbers, mean, color=MEAN_COLOUR, marker="o", markersize=3, label="mean")
+        axes.set_title(title)
+        axes.set_xlabel("generation")
+        axes.set_ylabel("fitness")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right")
+    _save(figure, folder / EVOLUTION_PLOT)
+
+
+def plot_comparison(path: pathlib.Path, comparison: Comparison) -> None:
+    """Write a bar chart: fitness of each optimizer on each task and overall, ± standard error."""
+    groups = [*comparison.tasks, "overall"] if len(comparison.tasks) > 1 else comparison.tasks
+    count = len(comparison.optimizers)
+    width = 0.8 / count
+    figure = _figure(1.6 + 0.5 * len(groups) * max(count, 3), 4.0)
+    axes = figure.add_subplot()
+    for place, optimizer in enumerate(comparison.optimizers):
+        estimates = [
+            comparison.overall_fitness(optimizer)
+            if group == "overall"
+            else comparison.task_fitness(optimizer, group)
+            for group in groups
+        ]
+        centres = [group + (place - (count - 1) / 2) * width for group in range(len(groups))]
+        axes.bar(
+            centres,
+            [estimate.mean for estimate in estimates],
+            width=0.92 * width,
+            yerr=[estimate.error for estimate in estimates],
+            capsize=2,
+            label=optimizer,
+        )
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_ylabel("fitness (mean ± standard error over seeds)")
+    axes.axhline(0.0, color="black", linewidth=0.8)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=min(count, 4))
+    _save(figure, path)
+
+
+def _figure(width: float, height: float):
+    """A figure of that many inches, drawn without a display and without pyplot's global state."""
+    # imported here: it takes half a second, which `--help` and every worker would pay
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure, path: pathlib.Path) -> None:
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    write_atomically(path, image.getvalue())

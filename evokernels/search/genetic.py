@@ -1,0 +1,145 @@
+"""The genetic algorithm of the source system: elites, tournaments, crossover, annealed mutation.
+
+    search = GeneticSearch(GeneticConfig(population=8, generations=3))
+    state = search.start()
+    while candidates := search.ask(state):
+        state = search.tell(state, [score(genome) for genome in candidates])
+    state.best.genome
+
+The state is immutable and holds no generator. The random numbers of a generation come from a
+stream named after the seed and the generation, so that the same scores always lead to the same
+states: a run resumes by telling the scores that it has recorded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+
+from evokernels.errors import EvokernelsError
+from evokernels.genome import Genome
+from evokernels.search.operators import RATES, crossover, mutate, start_population
+from evokernels.search.score import Score
+
+__all__ = ["GeneticConfig", "GeneticSearch", "Scored", "SettingsError", "State"]
+
+
+class SettingsError(EvokernelsError, ValueError):
+    """A setting of a search or of a run is out of its range."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneticConfig:
+    """The settings of a genetic search; the defaults are those of the source system.
+
+    Args:
+        population: genomes in a generation, at least 2.
+        generations: generations evaluated, at least 1.
+        elites: best genomes that pass on unchanged; fewer than ``population``.
+        tournament: genomes drawn for each parent, of which the best wins; 1 to ``population``.
+        max_terms: terms a genome may have, at least 1.
+        seed: names the random streams.
+
+    Raises:
+        SettingsError: naming the setting, the value given and the values allowed.
+    """
+
+    population: int = 50
+    generations: int = 50
+    elites: int = 3
+    tournament: int = 4
+    max_terms: int = 4
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("population", 2, None),
+            ("generations", 1, None),
+            ("elites", 0, self.population - 1),
+            ("tournament", 1, self.population),
+            ("max_terms", 1, None),
+        ):
+            value = getattr(self, name)
+            if value < low or (high is not None and value > high):
+                allowed = f"at least {low}" if high is None else f"from {low} to {high}"
+                raise SettingsError(f"{name} must be {allowed}, got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """A genome and what it was told to be worth."""
+
+    genome: Genome
+    score: Score
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Where a search stands.
+
+    Attributes:
+        generation: of ``population``, counted from 0; equals ``generations`` at the end.
+        population: the genomes to be scored next; empty at the end.
+        best: the best genome ever told, the earliest among equals; None at the start.
+    """
+
+    generation: int
+    population: tuple[Genome, ...]
+    best: Scored | None
+
+
+class GeneticSearch:
+    """Ask for a generation, tell its scores; see the module's docstring."""
+
+    def __init__(self, config: GeneticConfig) -> None:
+        self.config = config
+
+    def start(self) -> State:
+        """The start population, not yet scored."""
+        config = self.config
+        rng = random.Random(f"evokernels genetic {config.seed} start")
+        return State(0, start_population(config.population, config.max_terms, rng), best=None)
+
+    def ask(self, state: State) -> tuple[Genome, ...]:
+        """The genomes to score, elites first; empty when the search is over."""
+        return state.population
+
+    def tell(self, state: State, scores: Sequence[Score]) -> State:
+        """The state that follows; ``scores`` in the order of ``ask``.
+
+        Raises:
+            ValueError: not one score for each genome asked.
+        """
+        if len(scores) != len(state.population):
+            raise ValueError(
+                f"told {len(scores)} scores for {len(state.population)} genomes; "
+                "give one for each genome that ask() returned"
+            )
+        scored = [Scored(*pair) for pair in zip(state.population, scores, strict=True)]
+        # max and sorted keep the order of equals: ties go to the earlier genome, always
+        champions = scored if state.best is None else [state.best, *scored]
+        best = max(champions, key=_rank)
+        generation = state.generation + 1
+        if generation == self.config.generations:
+            return State(generation, (), best)
+        return State(generation, self._offspring(scored, state.generation), best)
+
+    def _offspring(self, scored: list[Scored], generation: int) -> tuple[Genome, ...]:
+        """The elites of ``generation`` unchanged, then children of tournament winners."""
+        config = self.config
+        rng = random.Random(f"evokernels genetic {config.seed} generation {generation}")
+        rates = RATES.annealed(generation / config.generations)
+        elites = sorted(scored, key=_rank, reverse=True)[: config.elites]
+        children = [entry.genome for entry in elites]
+        while len(children) < config.population:
+            first, second = (
+                max(rng.sample(scored, config.tournament), key=_rank).genome for _ in range(2)
+            )
+            child = crossover(first, second, rng, config.max_terms)
+            children.append(mutate(child, rng, rates, config.max_terms))
+        return tuple(children)
+
+
+def _rank(entry: Scored) -> tuple[bool, float]:
+    return entry.score.rank

@@ -1,0 +1,171 @@
+"""Random genomes, crossover and mutation, with the ranges and rates of the source system.
+
+Every function takes its generator as an argument and returns a valid genome whose explored fields
+lie within `NUMERIC` or are inherited from a parent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Sequence
+
+from evokernels import zoo
+from evokernels.genome import Genome, Term
+
+__all__ = [
+    "ALPHA",
+    "FLAGS",
+    "NUMERIC",
+    "RATES",
+    "crossover",
+    "mutate",
+    "random_genome",
+    "start_population",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Gene:
+    """How one number is explored: drawn uniformly from ``start``, mutated within ``limits``.
+
+    ``spread`` scales the mutation's sigma; 0 means that only crossover moves the gene.
+    """
+
+    start: tuple[float, float]
+    limits: tuple[float, float]
+    spread: float
+
+    def clamp(self, value: float) -> float:
+        low, high = self.limits
+        return min(max(value, low), high)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """Mutation probabilities (of each number, of the term list, of each flag) and sigma."""
+
+    number: float
+    structure: float
+    flag: float
+    sigma: float
+
+    def annealed(self, progress: float) -> Rates:
+        """All four, falling linearly to half as ``progress`` goes from 0 to 1."""
+        factor = 1.0 - 0.5 * progress
+        return Rates(*(factor * rate for rate in dataclasses.astuple(self)))
+
+
+NUMERIC = {
+    "lr_log10": Gene(start=(-4.0, -2.0), limits=(-5.0, -1.0), spread=1.0),
+    "beta1": Gene(start=(0.5, 0.99), limits=(0.0, 0.999), spread=0.2),
+    "beta2": Gene(start=(0.9, 0.9999), limits=(0.0, 0.9999), spread=0.1),
+    "eps_log10": Gene(start=(-9.0, -6.0), limits=(-10.0, -4.0), spread=1.0),
+    "wd_log10": Gene(start=(-5.0, -3.0), limits=(-6.0, -2.0), spread=1.0),
+    "clip_value": Gene(start=(0.5, 2.0), limits=(0.5, 2.0), spread=0.0),
+}
+ALPHA = Gene(start=(-1.0, 1.0), limits=(-5.0, 5.0), spread=1.0)
+WARMUP_STEPS = (50, 200)
+START_TERMS = 3
+
+# the probability that a random genome has the flag set
+FLAGS = {
+    "use_m": 0.7,
+    "use_v": 0.7,
+    "use_bias_correction": 0.6,
+    "use_gradient_clipping": 0.2,
+    "use_warmup": 0.3,
+    "use_cosine_decay": 0.3,
+}
+
+RATES = Rates(number=0.35, structure=0.15, flag=0.1, sigma=0.3)
+
+KNOWN = (zoo.sgd_momentum, zoo.adam, zoo.adamw, zoo.rmsprop)
+
+
+def start_population(size: int, max_terms: int, rng: random.Random) -> tuple[Genome, ...]:
+    """The four known optimizers, then random genomes; ``size`` genomes in all."""
+    strangers = (random_genome(rng, max_terms) for _ in range(size - len(KNOWN)))
+    return (*KNOWN[:size], *strangers)
+
+
+def random_genome(rng: random.Random, max_terms: int) -> Genome:
+    """A genome of one to three terms (at most ``max_terms``), drawn from the start ranges."""
+    count = rng.randint(1, min(START_TERMS, max_terms))
+    return Genome(
+        term_types=[rng.choice(list(Term)) for _ in range(count)],
+        alphas=[rng.uniform(*ALPHA.start) for _ in range(count)],
+        warmup_steps=rng.randint(*WARMUP_STEPS),
+        **{name: rng.uniform(*gene.start) for name, gene in NUMERIC.items()},
+        **{name: rng.random() < probability for name, probability in FLAGS.items()},
+    )
+
+
+def crossover(first: Genome, second: Genome, rng: random.Random, max_terms: int) -> Genome:
+    """The head of one term list joined to the tail of the other; the rest from either parent.
+
+    The head has at least one term and so has the tail: no child is ever empty.
+    """
+    head = rng.randint(1, len(first.term_types))
+    tail = rng.randrange(len(second.term_types))
+
+    def joined(ours: Sequence, theirs: Sequence) -> list:
+        return [*ours[:head], *theirs[tail:]][:max_terms]
+
+    return Genome(
+        term_types=joined(first.term_types, second.term_types),
+        alphas=joined(first.alphas, second.alphas),
+        **{
+            name: getattr(rng.choice((first, second)), name)
+            for name in (*NUMERIC, *FLAGS, "warmup_steps")
+        },
+    )
+
+
+def mutate(genome: Genome, rng: random.Random, rates: Rates, max_terms: int) -> Genome:
+    """A neighbour of ``genome``; each number, the term list and each flag change independently.
+
+    A number that mutates is clamped into its limits: no decay at all (``wd_log10 = -inf``)
+    becomes the smallest decay that the search explores.
+    """
+    changes: dict[str, float | bool] = {}
+    for name, gene in NUMERIC.items():
+        if gene.spread and rng.random() < rates.number:
+            step = rng.gauss(0.0, rates.sigma * gene.spread)
+            changes[name] = gene.clamp(getattr(genome, name) + step)
+    for name in FLAGS:
+        if rng.random() < rates.flag:
+            changes[name] = not getattr(genome, name)
+
+    terms = [
+        (term, _mutated_alpha(alpha, rng, rates))
+        for term, alpha in zip(genome.term_types, genome.alphas, strict=True)
+    ]
+    if rng.random() < rates.structure:
+        terms = _restructured(terms, rng, max_terms)
+    term_types, alphas = zip(*terms, strict=True)
+    return dataclasses.replace(genome, term_types=term_types, alphas=alphas, **changes)
+
+
+def _mutated_alpha(alpha: float, rng: random.Random, rates: Rates) -> float:
+    """Scaled by the exponential of a Gaussian, so a weight keeps its sign."""
+    if rng.random() < rates.number:
+        return ALPHA.clamp(alpha * math.exp(rng.gauss(0.0, rates.sigma * ALPHA.spread)))
+    return alpha
+
+
+def _restructured(
+    terms: list[tuple[Term, float]], rng: random.Random, max_terms: int
+) -> list[tuple[Term, float]]:
+    """One term added, removed or changed; nothing where the length forbids the move drawn."""
+    move = rng.choice(("add", "remove", "change"))
+    terms = list(terms)
+    if move == "add" and len(terms) < max_terms:
+        terms.append((rng.choice(list(Term)), rng.uniform(*ALPHA.start)))
+    elif move == "remove" and len(terms) > 1:
+        terms.pop(rng.randrange(len(terms)))
+    elif move == "change":
+        place = rng.randrange(len(terms))
+        terms[place] = (rng.choice(list(Term)), terms[place][1])
+    return terms

@@ -1,0 +1,44 @@
+"""What an evaluation tells a search: a number, and whether the training held together."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+
+__all__ = ["Score", "Status"]
+
+
+class Status(enum.Enum):
+    """How an evaluation ended."""
+
+    OK = "ok"
+    DIVERGED = "diverged"
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """The worth of one candidate.
+
+    Args:
+        fitness: higher is better; finite, so that every comparison means something.
+        status: ``DIVERGED`` ranks below every ``OK`` score, whatever its fitness.
+
+    Raises:
+        ValueError: the fitness is NaN or infinite: a failed evaluation is a status, not a number.
+    """
+
+    fitness: float
+    status: Status = Status.OK
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.fitness):
+            raise ValueError(
+                f"fitness must be finite, got {self.fitness!r}; "
+                "give a failed evaluation a finite fitness and Status.DIVERGED"
+            )
+
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """Sort key, best last."""
+        return self.status is Status.OK, self.fitness
