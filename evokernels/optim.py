@@ -1,0 +1,328 @@
+"""`FusedEvolvedOptimizer`: PyTorch's optimizer protocol around a genome; no arithmetic here."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from evokernels.compiler.lower import Rule, lower
+from evokernels.compiler.terms import scalar_values
+from evokernels.errors import OptimizerError
+from evokernels.genome import Genome
+from evokernels.kernels.plan import (
+    ARITHMETIC,
+    Backend,
+    BoundTensor,
+    Numbers,
+    Plan,
+    memory_key,
+    overlaps_itself,
+)
+from evokernels.kernels.registry import select
+from evokernels.schedule import learning_rate_factor
+
+__all__ = ["FusedEvolvedOptimizer"]
+
+# Names of the moments in `state`: torch's own, so that Adam's state can be read.
+_STATE_NAMES = {"m": "exp_avg", "v": "exp_avg_sq"}
+
+
+class FusedEvolvedOptimizer(torch.optim.Optimizer):
+    """Trains with the update rule of a genome; stands where ``torch.optim.AdamW`` stood.
+
+    One native call updates all parameters; each is read and written once. Parameters may be
+    float32, float64, bfloat16 or float16, dense or strided, on any device (beyond the CPU: with
+    torch operations). Arithmetic and moments are float32, float64 for float64 parameters.
+
+    Each group has ``genome``, ``lr``, ``betas``, ``eps``, ``weight_decay`` and ``total_steps``.
+    They come from the genome where a group does not give its own; learning-rate schedulers change
+    ``lr``, on which the genome's own warmup and cosine then act.
+
+    State of each parameter, from its first gradient on: ``step`` (float64, 0-d: the steps in which
+    it had a gradient), and as far as the rule reads them ``exp_avg`` and ``exp_avg_sq`` (moments,
+    of its shape).
+
+    Args:
+        params: parameters, (name, parameter) pairs or groups, as for every torch optimizer.
+        genome: the update rule.
+        total_steps: length of the training in steps; needed where the genome decays by cosine.
+        backend: "auto", or the name of one; see `evokernels.explain`.
+
+    Raises:
+        OptimizerError: options or parameters that it cannot use.
+        BackendError: the backend asked for cannot run.
+
+    Source of the update rule: M. Marfinetz, "Evolutionary Optimizer Discovery", 2025, section 2.1.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        genome: Genome,
+        *,
+        total_steps: int | None = None,
+        backend: str = "auto",
+    ) -> None:
+        _check_genome(genome)
+        self._backend = backend
+        self._binding: _Binding | None = None
+        super().__init__(params, {**_group_options(genome), "total_steps": total_steps})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; options that the group leaves out come from its genome."""
+        genome = param_group.get("genome", self.defaults["genome"])
+        _check_genome(genome)
+        super().add_param_group({**_group_options(genome), **param_group})
+        try:
+            _check_group(self.param_groups[-1])
+            for parameter in self.param_groups[-1]["params"]:
+                _check_parameter(parameter)
+                _select(lower(genome), parameter, self._backend)
+        except Exception:
+            del self.param_groups[-1]
+            raise
+        self._binding = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss and its gradients again; its value is returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._binding is None or not self._binding.is_current():
+            self._binding = self._bind()
+        self._binding.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state in plain values and tensors; genomes as dicts."""
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            group["genome"] = group["genome"].to_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of `state_dict`: genome, options, moments and step counts, lossless."""
+        groups = []
+        for ours, theirs in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            group = {**ours, **theirs}  # a state of torch's Adam brings no genome
+            if isinstance(group["genome"], dict):
+                group["genome"] = Genome.from_dict(group["genome"])
+            _check_group(group)
+            groups.append(group)
+        groups += state_dict["param_groups"][len(groups) :]  # too many: torch's error says so
+        super().load_state_dict({**state_dict, "param_groups": groups})
+        # torch has cast the moments to the dtype of their parameter, and those of a 16-bit
+        # parameter lost half their digits: take them again as they were saved
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        saved_ids = [i for group in groups for i in group["params"]]
+        for parameter, saved_id in zip(parameters, saved_ids, strict=True):
+            saved = state_dict["state"].get(saved_id, {})
+            for name in saved.keys() & _STATE_NAMES.values():
+                self.state[parameter][name] = saved[name].to(
+                    parameter.device, ARITHMETIC[parameter.dtype], copy=True
+                )
+        self._binding = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._binding = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's list leaves out what a subclass adds; the binding points into memory
+        return {**super().__getstate__(), "_backend": self._backend}
+
+    def _bind(self) -> _Binding:
+        bound, groups, waiting, backends = [], [], [], []
+        for group in self.param_groups:
+            rule = lower(group["genome"])
+            for parameter in group["params"]:
+                if parameter.grad is None and not self.state.get(parameter):
+                    waiting.append(parameter)
+                    continue
+                _check_parameter(parameter)
+                moments = self._moments(rule, parameter)
+                bound.append(BoundTensor(rule.program, parameter, moments))
+                groups.append(group)
+                backends.append(_select(rule, parameter, self._backend))
+        steps = [float(self.state[b.parameter].get("step", 0.0)) for b in bound]
+        binding = _Binding(bound, groups, waiting, backends, steps)
+        for b, step in zip(bound, binding.steps, strict=True):
+            self.state[b.parameter]["step"] = step
+        return binding
+
+    def _moments(self, rule: Rule, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The moments that a rule keeps of a parameter, zero where there are none yet."""
+        state = self.state[parameter]
+        for moment in rule.program.state:
+            if _STATE_NAMES[moment] not in state:
+                state[_STATE_NAMES[moment]] = torch.zeros_like(
+                    parameter,
+                    dtype=ARITHMETIC[parameter.dtype],
+                    memory_format=torch.preserve_format,
+                )
+        return {moment: state[_STATE_NAMES[moment]] for moment in rule.program.state}
+
+
+class _Binding:
+    """Parameters and their state, bound to plans; valid until one of them moves in memory."""
+
+    def __init__(
+        self,
+        bound: list[BoundTensor],
+        groups: list[dict[str, Any]],
+        waiting: list[torch.Tensor],
+        backends: list[Backend],
+        steps: list[float],
+    ) -> None:
+        self.parameters = [b.parameter for b in bound]
+        self._groups = groups
+        self._waiting = waiting
+        self._genomes = [group["genome"] for group in groups]
+        self._keys = [memory_key(parameter) for parameter in self.parameters]
+        # one tensor for all counts, of which every state["step"] is a view: counting is one
+        # operation for the whole model
+        self.steps = torch.tensor(steps, dtype=torch.float64)
+        self._counts = self.steps.numpy()
+        self._present: list[bool] = []
+        self._rows: list[int] = []
+        self._first_of_row: list[int] = []
+        self._plans: list[tuple[Plan, list[int]]] = []
+        for backend in dict.fromkeys(backends):
+            members = [i for i, b in enumerate(backends) if b is backend]
+            self._plans.append((backend.bind([bound[i] for i in members]), members))
+
+    def is_current(self) -> bool:
+        """Whether parameters and genomes are those bound, and none of the others has a gradient."""
+        return (
+            [memory_key(parameter) for parameter in self.parameters] == self._keys
+            and all(g["genome"] is old for g, old in zip(self._groups, self._genomes, strict=True))
+            and all(parameter.grad is None for parameter in self._waiting)
+        )
+
+    def step(self) -> None:
+        """Count the step and update."""
+        gradients = [parameter.grad for parameter in self.parameters]
+        present = [gradient is not None for gradient in gradients]
+        self._counts += present
+        if present != self._present:
+            # tensors with gradients in the same steps keep counting alike
+            self._present = present
+            self._assign_rows()
+        numbers = [self._numbers(i) for i in self._first_of_row]
+        for plan, members in self._plans:
+            plan.run([gradients[i] for i in members], [self._rows[i] for i in members], numbers)
+
+    def _assign_rows(self) -> None:
+        """One row of numbers for each group and step count among the tensors with gradients."""
+        rows: dict[tuple[int, float], int] = {}
+        self._rows, self._first_of_row = [], []
+        for i, (group, present) in enumerate(zip(self._groups, self._present, strict=True)):
+            if not present:
+                self._rows.append(0)
+                continue
+            row = rows.setdefault((id(group), self._counts[i]), len(rows))
+            if row == len(self._first_of_row):
+                self._first_of_row.append(i)
+            self._rows.append(row)
+
+    def _numbers(self, i: int) -> Numbers:
+        """The scalars of this step for the tensors that share group and count with tensor `i`."""
+        group, t = self._groups[i], int(self._counts[i])
+        genome, rule = group["genome"], lower(group["genome"])
+        lr = _nonnegative("lr", group["lr"])
+        beta1, beta2 = group["betas"]
+        values = scalar_values(
+            lr=lr * learning_rate_factor(genome, t - 1, group["total_steps"]),
+            weight_decay=group["weight_decay"],
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            clip=genome.clip_value,
+            t=t,
+        )
+        return Numbers(rule.program, rule.numbers(values))
+
+
+def _select(rule: Rule, parameter: torch.Tensor, backend: str) -> Backend:
+    selection = select(rule.program, parameter.device, parameter.dtype, backend)
+    if selection.rejected:  # only "auto" gets past a rejection
+        reasons = "; ".join(f"{name}: {why}" for name, why in selection.rejected.items())
+        warnings.warn(
+            f"updating with the slow {selection.backend.name!r} backend ({reasons})",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return selection.backend
+
+
+def _group_options(genome: Genome) -> dict[str, Any]:
+    return {
+        "genome": genome,
+        "lr": genome.lr,
+        "betas": (genome.beta1, genome.beta2),
+        "eps": genome.eps,
+        "weight_decay": genome.weight_decay,
+    }
+
+
+def _check_genome(genome: Any) -> None:
+    if not isinstance(genome, Genome):
+        raise OptimizerError(
+            f"genome must be an evokernels.Genome, got {type(genome).__name__}; "
+            "take one from evokernels.zoo or Genome.load(path)"
+        )
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    genome, total_steps = group["genome"], group["total_steps"]
+    _check_genome(genome)
+    for name in ("lr", "eps", "weight_decay"):
+        _nonnegative(name, group[name])
+    betas = group["betas"]
+    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        raise OptimizerError(f"betas must be two numbers in [0, 1), got {betas!r}")
+    if genome.use_cosine_decay and total_steps is None:
+        raise OptimizerError(
+            "this genome decays its learning rate by cosine over the whole training; "
+            "say how long that is: FusedEvolvedOptimizer(params, genome, total_steps=...)"
+        )
+    if total_steps is not None and not (isinstance(total_steps, int) and total_steps > 0):
+        raise OptimizerError(f"total_steps must be a positive whole number, got {total_steps!r}")
+
+
+def _nonnegative(name: str, value: Any) -> float:
+    number = float(value)
+    if not 0.0 <= number < math.inf:
+        raise OptimizerError(f"{name} must be a finite number of at least 0, got {value!r}")
+    return number
+
+
+def _check_parameter(parameter: torch.Tensor) -> None:
+    what = f"a parameter of shape {tuple(parameter.shape)}"
+    if parameter.dtype not in ARITHMETIC:
+        allowed = ", ".join(str(dtype) for dtype in ARITHMETIC)
+        raise OptimizerError(f"{what} is {parameter.dtype}; parameters may be {allowed}")
+    if parameter.layout != torch.strided:
+        raise OptimizerError(f"{what} is {parameter.layout}; parameters must be dense tensors")
+    if parameter.is_meta:
+        raise OptimizerError(f"{what} is on the meta device; materialise the model first")
+    if overlaps_itself(parameter):
+        raise OptimizerError(
+            f"{what} and strides {parameter.stride()} has elements that share memory; "
+            "call .contiguous() before making it a parameter"
+        )
+    if parameter.grad is not None and parameter.grad.layout != torch.strided:
+        raise OptimizerError(
+            f"the gradient of {what} is {parameter.grad.layout}; gradients must be dense: "
+            "build the embedding with sparse=False"
+        )

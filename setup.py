@@ -1,0 +1,68 @@
+"""Build: the compiler renders the cover kernels, the system's C compiler builds them.
+
+The result is one plain shared library, evokernels/kernels/libevokernels.so, loaded with ctypes:
+no Python and no torch headers, so that one build serves every version of both.
+"""
+
+import pathlib
+import sys
+import types
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = pathlib.Path(__file__).parent
+
+# The compiler is needed before the package is there to import, and without torch: an empty
+# stand-in for the package lets `evokernels.compiler` load and leaves evokernels/__init__.py alone.
+_package = types.ModuleType("evokernels")
+_package.__path__ = [str(ROOT / "evokernels")]
+sys.modules["evokernels"] = _package
+
+from evokernels.compiler.render_c import DTYPES, render_covers  # noqa: E402
+
+
+class BuildKernels(build_ext):
+    """Render one C file for each element type, then compile as usual."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Add the generated sources and build the library."""
+        generated = pathlib.Path(self.build_temp) / "generated"
+        generated.mkdir(parents=True, exist_ok=True)
+        for dtype in DTYPES:
+            source = generated / f"covers_{dtype}.c"
+            source.write_text(render_covers(dtype))
+            ext.sources.append(str(source))
+        super().build_extension(ext)
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """A plain library name: nothing in it depends on the Python version."""
+        return str(pathlib.Path(*fullname.split(".")).with_suffix(".so"))
+
+
+native = Extension(
+    "evokernels.kernels.libevokernels",
+    sources=["csrc/runtime.c"],
+    depends=[*map(str, ROOT.glob("csrc/*.h")), *map(str, ROOT.glob("evokernels/compiler/*.py"))],
+    include_dirs=["csrc"],
+    extra_compile_args=[
+        "-std=c11",
+        "-O3",
+        "-g0",
+        "-fopenmp",
+        "-Wall",
+        "-Wextra",
+        "-Werror=vla",
+        # the same result for every instruction set, thread count and loop tail
+        "-ffp-contract=off",
+        # nothing reads errno or the floating-point flags; without these no root and no select
+        # becomes vector code. Not -ffast-math: NaN, infinity and rounding stay as they are.
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        # "weigh" tests run-time numbers: one loop with selects, not one loop for each combination
+        "-fno-unswitch-loops",
+    ],
+    extra_link_args=["-fopenmp"],
+)
+
+setup(ext_modules=[native], cmdclass={"build_ext": BuildKernels})
