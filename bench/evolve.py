@@ -6,19 +6,18 @@ Run it again with the same options and it resumes, or shows the result of a run 
 from __future__ import annotations
 
 import argparse
-import os
 import pathlib
 import sys
+import textwrap
 from collections.abc import Sequence
 
-from tqdm import tqdm
+from commandline import Bar, add_machine_options, exit_code, worker_count
 
 from evokernels.compiler.describe import formula
-from evokernels.errors import EvokernelsError
 from evokernels.evolution import report
 from evokernels.evolution.evaluator import Budget
-from evokernels.evolution.run import Generation, Progress, RunResult, RunSettings, evolve
-from evokernels.search.genetic import GeneticConfig, Scored
+from evokernels.evolution.run import RunResult, RunSettings, evolve
+from evokernels.search.genetic import GeneticConfig
 
 PRESETS = {
     # embedded images; under five minutes on two cores
@@ -41,64 +40,41 @@ PRESETS = {
     ),
 }
 
-# option, whether it takes several values, its type and what it means
+# option, type, whether it takes several values, meaning
 SETTINGS = (
-    ("population", False, int, "genomes in a generation"),
-    ("generations", False, int, "generations"),
-    ("elites", False, int, "best genomes that pass on unchanged"),
-    ("tournament", False, int, "genomes drawn for each parent, of which the best wins"),
-    ("max-terms", False, int, "terms that a genome may have"),
-    ("run-seed", False, int, "seed of the search"),
-    ("tasks", True, str, "tasks that every genome is trained on"),
-    ("seeds", True, int, "seeds of the training runs on each task"),
-    ("steps", False, int, "training steps of each run"),
-    ("batch-size", False, int, "images in a batch"),
-    ("train-samples", False, int, "training images that are used; all if not given"),
-    ("comparison-seeds", False, int, "fresh seeds that the best genome meets Adam and AdamW on"),
-    ("threads", False, int, "torch threads of each training run; they decide its last bits"),
+    ("population", int, False, "genomes in a generation"),
+    ("generations", int, False, "generations"),
+    ("elites", int, False, "best genomes that pass on unchanged"),
+    ("tournament", int, False, "genomes drawn for each parent, of which the best wins"),
+    ("max-terms", int, False, "terms that a genome may have"),
+    ("run-seed", int, False, "seed of the search"),
+    ("tasks", str, True, "tasks that every genome is trained on"),
+    ("seeds", int, True, "seeds of the training runs on each task"),
+    ("steps", int, False, "training steps of each run"),
+    ("batch-size", int, False, "images in a batch"),
+    ("train-samples", int, False, "training images that are used"),
+    ("comparison-seeds", int, False, "number of fresh seeds of the comparison with Adam and AdamW"),
+    ("threads", int, False, "torch threads of each training run; they decide its last bits"),
 )
 
 
 def main() -> int:
+    """The command; its exit code."""
     options = parse(sys.argv[1:])
-    bar = Bar()
-    try:
-        settings = settings_from(options)
-        result = evolve(
-            settings,
-            options.out,
-            data_dir=options.data_dir,
-            workers=options.workers or max(1, cores() // settings.threads),
-            on_progress=bar.show,
-            on_generation=lambda best, history: save(options.out, best, history),
-        )
-        bar.close()
-        report.plot_history(options.out, result.history)
-        print(summary(settings, options.out, result))
-    except EvokernelsError as error:
-        bar.close()
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        bar.close()
-        print(
-            f"interrupted; all finished evaluations are in {options.out}: "
-            "the same command resumes there",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
+    hint = f"all finished training runs are in {options.out}, the same command resumes there"
+    return exit_code(lambda: run(options), hint)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options; the settings that are not given are None."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--preset", choices=PRESETS, default="quick", help="where settings not given come from"
+        "--preset", choices=PRESETS, default="quick", help="settings where none are given (quick)"
     )
-    presets = {name: preset.to_dict() for name, preset in PRESETS.items()}
-    for name, several, kind, meaning in SETTINGS:
+    presets = {preset: settings.to_dict() for preset, settings in PRESETS.items()}
+    for name, kind, several, meaning in SETTINGS:
         values = ", ".join(
             f"{preset}: {shown(settings[name.replace('-', '_')])}"
             for preset, settings in presets.items()
@@ -110,98 +86,58 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             metavar=name.rstrip("s").upper() if several else "N",
             help=f"{meaning} ({values})",
         )
-    parser.add_argument("--out", type=pathlib.Path, help="run folder (runs/<preset>)")
     parser.add_argument(
-        "--data-dir", help="folder with data sets (EVOKERNELS_DATA, else ~/.cache/evokernels/data)"
+        "--out", type=pathlib.Path, metavar="DIR", help="the run folder (runs/<preset>)"
     )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="processes that train; the result does not depend on them (one for each free core)",
-    )
+    add_machine_options(parser)
     options = parser.parse_args(arguments)
-    if options.workers is not None and options.workers < 1:
-        parser.error(f"--workers must be at least 1, got {options.workers}")
     options.out = options.out or pathlib.Path("runs") / options.preset
     return options
 
 
-def settings_from(options: argparse.Namespace) -> RunSettings:
-    """The preset with the options given on top; raises EvokernelsError."""
-    chosen = PRESETS[options.preset].to_dict()
-    for name in chosen:
-        value = getattr(options, name)
-        if value is not None:
-            chosen[name] = value
-    return RunSettings.from_dict(chosen)
-
-
 def shown(value: object) -> str:
+    """A setting as one would type it."""
     if value is None:
         return "all"
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def save(folder: pathlib.Path, best: Scored, history: Sequence[Generation]) -> None:
-    report.write_history(folder, history)
-    report.write_best_genome(folder, best.genome)
+def run(options: argparse.Namespace) -> None:
+    """Run or resume, write the report, print the result."""
+    values = PRESETS[options.preset].to_dict()
+    given = {name: getattr(options, name) for name in values}
+    values.update((name, value) for name, value in given.items() if value is not None)
+    settings = RunSettings.from_dict(values)
+    with Bar() as bar:
+        result = evolve(
+            settings,
+            options.out,
+            data_dir=options.data_dir,
+            workers=worker_count(options, settings.threads),
+            on_progress=bar.show,
+        )
+    print(summary(settings, options.out, result))
 
 
 def summary(settings: RunSettings, folder: pathlib.Path, result: RunResult) -> str:
+    """The result in words, with the comparison and how to use it."""
     state = "is complete" if result.evaluations else "was complete already"
     seeds = " ".join(map(str, settings.fresh_seeds))
-    return "\n".join(
-        (
-            f"The run in {folder} {state}. The best genome has fitness "
-            f"{result.best.score.fitness:.4f} on the seeds it was selected on:",
-            "",
-            indented(formula(result.best.genome)),
-            "",
-            f"Compared at the same budget ({settings.budget.steps} steps) on seeds {seeds}, which "
-            "the selection has not seen.",
-            "Selection and comparison both use the test split, as in the source protocol.",
-            "",
-            result.comparison.tables(),
-            "",
-            f"{folder} has {report.HISTORY}, {report.BEST_GENOME}, {report.EVOLUTION_PLOT} and "
-            "the journal. To train with the genome:",
-            "",
-            indented(report.usage(folder, settings.budget.steps)),
-        )
-    )
+    best = result.best
+    return f"""\
+The run in {folder} {state}. The best genome, of fitness {best.score.fitness:.4f} on the seeds
+that selected it:
 
+{textwrap.indent(formula(best.genome), "    ")}
 
-def indented(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines())
+Compared at the same budget ({settings.budget.steps} steps) on seeds {seeds}, which the selection
+has not seen. Selection and comparison both use the test split, as in the source protocol.
 
+{result.comparison.tables()}
 
-class Bar:
-    """The progress bar; it appears with the first training run and estimates the time left."""
+{folder} has {", ".join(report.FILES)} and the journal. To train with the genome:
 
-    def __init__(self) -> None:
-        self.bar: tqdm | None = None
-
-    def show(self, progress: Progress) -> None:
-        if self.bar is None:
-            self.bar = tqdm(
-                initial=progress.done,
-                unit="run",
-                dynamic_ncols=True,
-                mininterval=0.1 if sys.stderr.isatty() else 10.0,
-            )
-        self.bar.total = progress.expected
-        self.bar.set_description(progress.note, refresh=False)
-        self.bar.update(progress.done - self.bar.n)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+{textwrap.indent(report.usage(folder, settings.budget.steps), "    ")}"""
 
 
 if __name__ == "__main__":

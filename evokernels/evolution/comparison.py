@@ -25,6 +25,7 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Estimate:
+        """From one value a seed."""
         values = list(values)
         if len(values) < 2:
             return cls(statistics.fmean(values), math.nan)
@@ -98,21 +99,24 @@ class Comparison:
         )
 
     def tables(self) -> str:
-        """Both tables in Markdown: overall, then per task."""
-        overall = [
-            (name, str(self.overall_fitness(name)), str(self.overall_accuracy(name)))
-            for name in self.optimizers
-        ]
-        per_task = [
-            (name, *(str(self.task_fitness(name, task)) for task in self.tasks))
-            for name in self.optimizers
-        ]
-        return "\n\n".join(
-            (
-                _table(("optimizer", "overall fitness", "test accuracy"), overall),
-                _table(("optimizer", *(f"fitness on {task}" for task in self.tasks)), per_task),
-            )
+        """In Markdown: overall, then per task where there are several tasks."""
+        overall = _table(
+            ("optimizer", "overall fitness", "test accuracy"),
+            [
+                (name, str(self.overall_fitness(name)), str(self.overall_accuracy(name)))
+                for name in self.optimizers
+            ],
         )
+        if len(self.tasks) == 1:
+            return overall
+        per_task = _table(
+            ("optimizer", *(f"fitness on {task}" for task in self.tasks)),
+            [
+                (name, *(str(self.task_fitness(name, task)) for task in self.tasks))
+                for name in self.optimizers
+            ],
+        )
+        return f"{overall}\n\n{per_task}"
 
     def csv(self) -> str:
         """Every run as one line; no wall-clock times, so that equal results are equal files."""
@@ -123,10 +127,8 @@ class Comparison:
         )
         for row in self.rows:
             end = row.outcome
-            writer.writerow(
-                (row.optimizer, row.task, row.seed, end.status.value)
-                + (end.fitness, end.accuracy, end.final_loss, end.steps)
-            )
+            measured = (end.status.value, end.fitness, end.accuracy, end.final_loss, end.steps)
+            writer.writerow((row.optimizer, row.task, row.seed, *measured))
         return text.getvalue()
 
 
@@ -135,16 +137,22 @@ def compare(
     genomes: Mapping[str, Genome],
     tasks: Sequence[str],
     seeds: Sequence[int],
-    on_trial: Callable[[], object],
+    on_progress: Callable[[int, int], object],
 ) -> Comparison:
-    """Train every genome on every task with every seed; calls ``on_trial`` after each run."""
-    trials = [
+    """Train every genome on every task with every seed.
+
+    Args:
+        on_progress: called at the start and after every training run with the number of runs
+            made and the number of all runs; genomes that are equal share theirs.
+    """
+    trials = dict.fromkeys(
         Trial(genome, task, seed) for genome in genomes.values() for task in tasks for seed in seeds
-    ]
-    outcomes = {}
+    )
+    outcomes: dict[Trial, Outcome] = {}
+    on_progress(0, len(trials))
     for trial, outcome in pool.run(trials):
         outcomes[trial] = outcome
-        on_trial()
+        on_progress(len(outcomes), len(trials))
     return Comparison.of(genomes, tasks, seeds, outcomes.__getitem__)
 
 

@@ -22,9 +22,13 @@ from evokernels.tasks import ImageData, get_task, test_batches, training_batches
 
 __all__ = ["Budget", "Outcome", "Trial", "evaluate"]
 
-# Large enough that a layer's work outweighs its call, small enough that the widest activation of
-# the two networks stays under 100 MB.
-TEST_BATCH = 500
+# Activations of 100 images stay near the caches; in batches of 500 the test takes up to twice as
+# long (measured).
+TEST_BATCH = 100
+
+# Convolution, pooling and batch norm of the two networks are 1.2 to 1.5 times faster with the
+# channels innermost (measured with one thread, training), twice as fast in the test.
+LAYOUT = torch.channels_last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +86,7 @@ def evaluate(trial: Trial, budget: Budget, data: ImageData) -> Outcome:
     start = time.perf_counter()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(trial.seed)  # initial weights, then dropout
-        model = get_task(trial.task).model()
+        model = get_task(trial.task).model().to(memory_format=LAYOUT)
         losses = _train(model, trial, budget, data)
     if diverged(losses[-1]):
         accuracy = loss = None
@@ -101,7 +105,7 @@ def _train(model: torch.nn.Module, trial: Trial, budget: Budget, data: ImageData
     losses: list[float] = []
     model.train()
     for x, y in training_batches(data, budget.batch_size, budget.steps, trial.seed, augment):
-        loss = functional.cross_entropy(model(x), y)
+        loss = functional.cross_entropy(model(x.contiguous(memory_format=LAYOUT)), y)
         losses.append(loss.item())
         if diverged(losses[-1]):
             break
@@ -117,7 +121,8 @@ def _accuracy(model: torch.nn.Module, data: ImageData) -> float:
     model.eval()
     correct = total = 0
     for x, y in test_batches(data, TEST_BATCH):
-        correct += int((model(x).argmax(dim=1) == y).sum())
+        logits = model(x.contiguous(memory_format=LAYOUT))
+        correct += int((logits.argmax(dim=1) == y).sum())
         total += len(y)
     return correct / total
 

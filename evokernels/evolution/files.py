@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import os
 import pathlib
+import tempfile
 
 from evokernels.errors import JournalError
 
-__all__ = ["write_atomically"]
+__all__ = ["make_folder", "write_atomically"]
+
+
+def make_folder(folder: pathlib.Path) -> None:
+    """Make sure, before any work, that results can be written; raises JournalError if not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise _cannot_write(folder, error) from None
 
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
@@ -17,6 +27,10 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
         unfinished.write_bytes(content)
         os.replace(unfinished, path)
     except OSError as error:
-        raise JournalError(
-            f"cannot write {path}: {error.strerror}; choose a folder that can be written"
-        ) from None
+        raise _cannot_write(path, error) from None
+
+
+def _cannot_write(path: pathlib.Path, error: OSError) -> JournalError:
+    return JournalError(
+        f"cannot write {path}: {error.strerror}; choose a folder that can be written"
+    )

@@ -226,10 +226,13 @@ def _check(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
             f"{path} has schema version {version}, this release reads {SCHEMA_VERSION}; "
             "resume with the release that began the run, or use another run folder"
         )
-    with contextlib.closing(_connect(path, "ro")) as connection:
+    # A reader of a database in WAL mode creates the files beside it; where a kill has left none to
+    # recover from, it is told not to look.
+    left = path.with_name(f"{path.name}-wal").exists()
+    with contextlib.closing(_connect(path, "ro" if left else "ro&immutable=1")) as connection:
         (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
-            raise sqlite3.DatabaseError(verdict)
+            raise sqlite3.DatabaseError(" ".join(verdict.split()))
         (text,) = connection.execute("SELECT settings FROM run").fetchone()
         (evaluations,) = connection.execute("SELECT count(*) FROM evaluation").fetchone()
     if not evaluations:

@@ -6,27 +6,29 @@ import csv
 import io
 import pathlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from evokernels.evolution.comparison import Comparison
 from evokernels.evolution.files import write_atomically
-from evokernels.evolution.run import Generation
+from evokernels.evolution.history import Generation
 from evokernels.genome import Genome
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 __all__ = [
-    "BEST_GENOME",
-    "EVOLUTION_PLOT",
-    "HISTORY",
+    "COMPARISON_FILES",
+    "FILES",
     "history_csv",
-    "plot_comparison",
     "plot_history",
     "usage",
     "write_best_genome",
+    "write_comparison",
     "write_history",
 ]
 
-BEST_GENOME = "best_genome.json"
-HISTORY = "history.csv"
-EVOLUTION_PLOT = "evolution.png"
+FILES = BEST_GENOME, HISTORY, EVOLUTION_PLOT = "best_genome.json", "history.csv", "evolution.png"
+COMPARISON_FILES = COMPARISON_TABLE, COMPARISON_PLOT = "comparison.csv", "comparison.png"
 
 BEST_COLOUR, MEAN_COLOUR = "#0b6e4f", "#8a8a8a"
 
@@ -77,11 +79,7 @@ def usage(folder: pathlib.Path, steps: int) -> str:
 
 
 def plot_history(folder: pathlib.Path, history: Sequence[Generation]) -> None:
-    """Write ``evolution.png``: best and mean fitness over the generations, overall and per task.
-
-    A mean far below the best (a diverged run counts as -1) is cut off at the panel's lower edge,
-    so that the differences between good genomes stay visible.
-    """
+    """Write ``evolution.png``: best and mean fitness over the generations, overall and per task."""
     tasks = list(history[0].task_best)
     panels = [("all tasks", [e.best for e in history], [e.mean for e in history])]
     if len(tasks) > 1:
@@ -106,8 +104,14 @@ def plot_history(folder: pathlib.Path, history: Sequence[Generation]) -> None:
     _save(figure, folder / EVOLUTION_PLOT)
 
 
-def plot_comparison(path: pathlib.Path, comparison: Comparison) -> None:
-    """Write a bar chart: fitness of each optimizer on each task and overall, ± standard error."""
+def write_comparison(folder: pathlib.Path, comparison: Comparison) -> None:
+    """Write ``comparison.csv`` and ``comparison.png``; raises JournalError if it cannot."""
+    write_atomically(folder / COMPARISON_TABLE, comparison.csv().encode())
+    _plot_comparison(folder / COMPARISON_PLOT, comparison)
+
+
+def _plot_comparison(path: pathlib.Path, comparison: Comparison) -> None:
+    """A bar chart: fitness of each optimizer on each task and overall, ± standard error."""
     groups = [*comparison.tasks, "overall"] if len(comparison.tasks) > 1 else comparison.tasks
     count = len(comparison.optimizers)
     width = 0.8 / count
@@ -138,18 +142,18 @@ def plot_comparison(path: pathlib.Path, comparison: Comparison) -> None:
     _save(figure, path)
 
 
-def _figure(width: float, height: float):
+def _figure(width: float, height: float) -> Figure:
     """A figure of that many inches, drawn without a display and without pyplot's global state."""
     # imported here: it takes half a second, which `--help` and every worker would pay
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    FigureCanvasAgg(figure)  # attaches itself
     return figure
 
 
-def _save(figure, path: pathlib.Path) -> None:
+def _save(figure: Figure, path: pathlib.Path) -> None:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
     write_atomically(path, image.getvalue())

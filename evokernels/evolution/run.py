@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import statistics
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from evokernels import zoo
 from evokernels.compiler.canonical import canonical_key
+from evokernels.evolution import report
 from evokernels.evolution.comparison import Comparison
 from evokernels.evolution.evaluator import Budget, Outcome, Trial
-from evokernels.evolution.fitness import genome_score
+from evokernels.evolution.history import Generation, Result, summarise
 from evokernels.evolution.journal import Entry, Journal, open_journal
 from evokernels.evolution.pool import Pool, open_pool
 from evokernels.genome import Genome
 from evokernels.search.genetic import GeneticConfig, GeneticSearch, Scored, SettingsError
-from evokernels.search.score import Score, Status
 from evokernels.tasks import get_task
 
-__all__ = ["Generation", "Progress", "RunResult", "RunSettings", "evolve"]
+__all__ = ["RunResult", "RunSettings", "evolve"]
+
+OnProgress = Callable[[int, int, str], object]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,44 +98,6 @@ class RunSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Generation:
-    """What one generation came to; nothing in it depends on time or on an interruption.
-
-    Attributes:
-        number: counted from 0.
-        best: the highest fitness; a genome that diverged in any run comes after all others.
-        mean: of the fitness of all genomes, diverged runs counted at -1.
-        best_so_far: the highest fitness of this and all earlier generations.
-        best_accuracy: of the best genome, mean over its runs; None if it diverged in any.
-        task_best: the highest fitness on each task, reached by any genome.
-        task_mean: the mean fitness of all genomes on each task.
-        evaluations: training runs that this generation needed.
-        reused: training runs that it shares with genomes before.
-        diverged: genomes that diverged in at least one run.
-    """
-
-    number: int
-    best: float
-    mean: float
-    best_so_far: float
-    best_accuracy: float | None
-    task_best: Mapping[str, float]
-    task_mean: Mapping[str, float]
-    evaluations: int
-    reused: int
-    diverged: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """Training runs in the journal, training runs expected at the end, and where the run stands."""
-
-    done: int
-    expected: int
-    note: str
-
-
-@dataclasses.dataclass(frozen=True)
 class RunResult:
     """A complete run.
 
@@ -156,18 +120,20 @@ def evolve(
     *,
     data_dir: str | None = None,
     workers: int = 1,
-    on_progress: Callable[[Progress], object] = lambda progress: None,
-    on_generation: Callable[[Scored, Sequence[Generation]], object] = lambda best, history: None,
+    on_progress: OnProgress = lambda done, expected, note: None,
 ) -> RunResult:
     """Run the evolution in ``folder``, or what is left of it; bit-identical either way.
+
+    Writes ``history.csv`` and ``best_genome.json`` after every generation and ``evolution.png``
+    after the last one.
 
     Args:
         settings: of the run; those of the journal if the folder has one.
         folder: the run folder, created if it is missing.
         data_dir: folder with data sets, or None (see `evokernels.tasks.load_images`).
         workers: processes that train; the history does not depend on it.
-        on_progress: called after every training run.
-        on_generation: called after every generation, with the best genome and the history so far.
+        on_progress: called after every training run with the number of runs in the journal, the
+            number expected in the end, and where the evolution stands.
 
     Raises:
         JournalError: see `evokernels.evolution.journal.open_journal`.
@@ -180,7 +146,7 @@ def evolve(
             settings.budget, workers=workers, threads=settings.threads, data_dir=data_dir
         ) as pool,
     ):
-        return _Run(settings, journal, pool, on_progress).complete(on_generation)
+        return _Run(settings, pathlib.Path(folder), journal, pool, on_progress).complete()
 
 
 class _Run:
@@ -189,19 +155,19 @@ class _Run:
     def __init__(
         self,
         settings: RunSettings,
+        folder: pathlib.Path,
         journal: Journal,
         pool: Pool,
-        on_progress: Callable[[Progress], object],
+        on_progress: OnProgress,
     ) -> None:
         self.settings = settings
+        self.folder = folder
         self.journal = journal
         self.pool = pool
         self.on_progress = on_progress
         self.contenders = {"adam": zoo.adam, "adamw": zoo.adamw}
 
-    def complete(
-        self, on_generation: Callable[[Scored, Sequence[Generation]], object]
-    ) -> RunResult:
+    def complete(self) -> RunResult:
         """Everything from the first generation on, whatever the journal already has."""
         before = len(self.journal)
         search = GeneticSearch(self.settings.search)
@@ -214,12 +180,12 @@ class _Run:
             if state.best is not None:
                 note += f", best {state.best.score.fitness:.4f}"
             self._train(genomes, self.settings.seeds, number, note)
-            results = [self._results(genome) for genome in genomes]
-            scores = [_score(result) for result in results]
-            state = search.tell(state, scores)
-            best_so_far = state.best.score.fitness
-            history.append(self._summary(number, genomes, results, scores, best_so_far))
-            on_generation(state.best, history)
+            results = [self._result(genome) for genome in genomes]
+            state = search.tell(state, [result.score for result in results])
+            history.append(summarise(number, results, state.best.score))
+            report.write_history(self.folder, history)
+            report.write_best_genome(self.folder, state.best.genome)
+        report.plot_history(self.folder, history)
 
         optimizers = {"evolved": state.best.genome, **self.contenders}
         fresh = self.settings.fresh_seeds
@@ -251,12 +217,12 @@ class _Run:
             return
         origin = {trial: (key, place) for (key, _, _), (place, trial) in missing.items()}
         expected = len(self.journal) + len(missing) + self._still_to_come(generation)
-        self.on_progress(Progress(len(self.journal), expected, note))
+        self.on_progress(len(self.journal), expected, note)
         for trial, outcome in self.pool.run(origin):
             key, place = origin[trial]
             row_place = None if generation is None else place
             self.journal.add(Entry(generation, row_place, key, trial, outcome))
-            self.on_progress(Progress(len(self.journal), expected, note))
+            self.on_progress(len(self.journal), expected, note)
 
     def _still_to_come(self, generation: int | None) -> int:
         """Training runs after ``generation``, if no two children are one optimizer."""
@@ -276,54 +242,10 @@ class _Run:
     def _outcome(self, trial: Trial) -> Outcome:
         return self._entry(trial).outcome
 
-    def _results(self, genome: Genome) -> dict[str, list[Entry]]:
-        """The journal's entries of a genome: for each task, one for each seed."""
-        return {
-            task: [self._entry(Trial(genome, task, seed)) for seed in self.settings.seeds]
-            for task in self.settings.tasks
-        }
-
-    def _summary(
-        self,
-        number: int,
-        genomes: Sequence[Genome],
-        results: Sequence[Mapping[str, Sequence[Entry]]],
-        scores: Sequence[Score],
-        best_so_far: float,
-    ) -> Generation:
-        champion = max(range(len(genomes)), key=lambda place: scores[place].rank)
-        accuracies = [entry.outcome.accuracy for entry in _entries(results[champion])]
-        task_fitness = {
-            task: [_fitness(result[task]) for result in results] for task in self.settings.tasks
-        }
-        entries = [entry for result in results for entry in _entries(result)]
-        trained = {entry for entry in entries if entry.generation == number}
-        return Generation(
-            number=number,
-            best=scores[champion].fitness,
-            mean=statistics.fmean(score.fitness for score in scores),
-            best_so_far=best_so_far,
-            best_accuracy=None if None in accuracies else statistics.fmean(accuracies),
-            task_best={task: max(values) for task, values in task_fitness.items()},
-            task_mean={task: statistics.fmean(values) for task, values in task_fitness.items()},
-            evaluations=len(trained),
-            reused=len(entries) - len(trained),
-            diverged=sum(score.status is Status.DIVERGED for score in scores),
+    def _result(self, genome: Genome) -> Result:
+        return Result(
+            {
+                task: [self._entry(Trial(genome, task, seed)) for seed in self.settings.seeds]
+                for task in self.settings.tasks
+            }
         )
-
-
-def _entries(result: Mapping[str, Sequence[Entry]]) -> list[Entry]:
-    return [entry for entries in result.values() for entry in entries]
-
-
-def _fitness(entries: Sequence[Entry]) -> float:
-    return statistics.fmean(entry.outcome.fitness for entry in entries)
-
-
-def _score(result: Mapping[str, Sequence[Entry]]) -> Score:
-    return genome_score(
-        {
-            task: [(entry.outcome.fitness, entry.outcome.status) for entry in entries]
-            for task, entries in result.items()
-        }
-    )

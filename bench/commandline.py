@@ -1,0 +1,90 @@
+"""What the scripts beside this file share: common options, a progress bar, errors as one line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+from evokernels.errors import EvokernelsError
+
+__all__ = ["Bar", "add_machine_options", "exit_code", "worker_count"]
+
+
+def exit_code(command: Callable[[], None], resume_hint: str) -> int:
+    """Run a command; 0, or 2 after an error and 130 after Ctrl-C, each with one line on stderr."""
+    try:
+        command()
+    except EvokernelsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"interrupted; {resume_hint}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """``--data-dir`` and ``--workers``: what a machine has, not what an experiment is."""
+    parser.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help="folder with data sets ($EVOKERNELS_DATA, else ~/.cache/evokernels/data)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=positive,
+        metavar="N",
+        help="processes that train; the result does not depend on them "
+        "(as many as the processor has cores for)",
+    )
+
+
+def positive(text: str) -> int:
+    """A whole number from 1, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def worker_count(options: argparse.Namespace, threads: int) -> int:
+    """``--workers``, else one for every ``threads`` cores that this process may use."""
+    if options.workers is not None:
+        return options.workers
+    available = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    return max(1, available // threads)
+
+
+class Bar:
+    """Progress with the time left; shows up with the first `show`, and also in a log file."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, done: int, expected: int, note: str) -> None:
+        """Training runs made and expected in all, and what is being done."""
+        if self._bar is None:
+            self._bar = tqdm(
+                desc=note,
+                initial=done,
+                total=expected,
+                unit="run",
+                dynamic_ncols=True,
+                mininterval=0.1 if sys.stderr.isatty() else 10.0,
+            )
+        self._bar.total = expected
+        self._bar.set_description(note, refresh=False)
+        self._bar.update(done - self._bar.n)
