@@ -13,6 +13,7 @@ import math
 import numbers
 import os
 import pathlib
+import reprlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -175,8 +176,9 @@ class Genome:
         if not isinstance(data, Mapping):
             raise GenomeError(f"a genome is a JSON object, got {type(data).__name__}")
         fields = dict(data)
-        version = fields.pop("schema_version", None)
-        if version not in (None, SCHEMA_VERSION):
+        versioned = "schema_version" in fields
+        version = fields.pop("schema_version", SCHEMA_VERSION)
+        if version != SCHEMA_VERSION or isinstance(version, bool):
             raise GenomeError(
                 f"schema_version is {version!r}, this release reads {SCHEMA_VERSION}; "
                 "read the file with the release of evokernels that wrote it"
@@ -188,7 +190,7 @@ class Genome:
                 hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
                 raise GenomeError(f"unknown genome field {name!r}; {hint}")
         missing = [name for name in known if name not in fields]
-        if version is not None and missing:
+        if versioned and missing:
             raise GenomeError(f"genome lacks {', '.join(missing)}; a versioned genome has them all")
         if fields.get("wd_log10", 0) is None:
             fields["wd_log10"] = -math.inf
@@ -202,20 +204,27 @@ class Genome:
     def from_json(cls, text: str) -> Genome:
         """The inverse of `to_json`; raises GenomeError for text that is no valid genome."""
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
+            data = json.loads(text, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:  # also numbers and nesting beyond all bounds
             raise GenomeError(f"not JSON: {error}") from None
         return cls.from_dict(data)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the genome as JSON; a reader never sees half a file."""
+        """Write the genome as JSON; a reader never sees half a file.
+
+        Raises:
+            GenomeError: naming the file that cannot be written; what was there before stays.
+        """
         path = pathlib.Path(path)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=path.name, suffix=".part", delete=False
-        ) as part:
-            part.write(self.to_json())
-        os.chmod(part.name, 0o644)  # a temporary file is private; a result is not
-        os.replace(part.name, path)
+        try:
+            # deleted when left, unless it has become the result
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+                part = pathlib.Path(folder, "part")
+                part.write_text(self.to_json(), encoding="utf-8")
+                os.replace(part, path)
+        except OSError as error:
+            reason = error.strerror or error
+            raise GenomeError(f"cannot write genome {os.fspath(path)!r}: {reason}") from None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Genome:
@@ -245,7 +254,7 @@ def _normalised(field: dataclasses.Field, value: Any) -> Any:
 
 
 def _items(name: str, value: Any) -> Sequence[Any]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         raise GenomeError(f"{name} must be a list or tuple, got {value!r}")
     return value
 
@@ -253,6 +262,15 @@ def _items(name: str, value: Any) -> Sequence[Any]:
 def _number(name: str, value: Any, allowed: Interval) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise GenomeError(f"{name} must be a number in {allowed}, got {value!r}")
-    if float(value) not in allowed:
-        raise GenomeError(f"{name} must lie in {allowed}, got {value!r}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number beyond all floats
+        number = math.nan
+    if number not in allowed:
+        raise GenomeError(f"{name} must lie in {allowed}, got {reprlib.repr(value)}")
+    return number
+
+
+def _no_constant(token: str) -> float:
+    """Python's json reads NaN and Infinity, which JSON does not have."""
+    raise ValueError(f"{token} is no number in JSON; no weight decay is null")
