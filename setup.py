@@ -4,6 +4,7 @@ The result is one plain shared library, evokernels/kernels/libevokernels.so, loa
 no Python and no torch headers, so that one build serves every version of both.
 """
 
+import glob
 import pathlib
 import sys
 import types
@@ -43,7 +44,7 @@ class BuildKernels(build_ext):
 native = Extension(
     "evokernels.kernels.libevokernels",
     sources=["csrc/runtime.c"],
-    depends=[*map(str, ROOT.glob("csrc/*.h")), *map(str, ROOT.glob("evokernels/compiler/*.py"))],
+    depends=sorted(glob.glob("csrc/*.h") + glob.glob("evokernels/compiler/*.py")),
     include_dirs=["csrc"],
     extra_compile_args=[
         "-std=c11",

@@ -52,7 +52,7 @@ def _cover(with_m: bool, with_v: bool, with_abs: bool) -> Cover:
     low, high = terms.CLIPPED_GRADIENT.args[1:]
     absent = {str(low): -math.inf, str(high): math.inf}
     for line in program.lines:
-        if line.op == "weigh":
+        if line.op in ("weigh", "weigh_add"):
             absent[program.scalars[int(line.args[0][1:])]] = 0.0
     has = {"g": True, "m": with_m, "v": with_v, "abs": with_abs}
     return Cover("_".join(part for part, there in has.items() if there), program, absent)

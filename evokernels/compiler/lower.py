@@ -136,6 +136,9 @@ class _Assembler:
             return expr.name
         if not getattr(expr, "per_element", False):
             return self.scalar(str(expr), expr)
+        if expr.op == "add" and isinstance(expr.args[1], Call) and expr.args[1].op == "mul":
+            factors = [self.value(factor) for factor in expr.args[1].args]
+            return self.line("fma", *factors, self.value(expr.args[0]))
         return self.line(expr.op, *(self.value(arg) for arg in expr.args))
 
     def total(self, form: Linear) -> str:
@@ -143,22 +146,26 @@ class _Assembler:
         parts = []
         for denominator, group in itertools.groupby(form.items(), key=_denominator):
             if denominator is None:
-                parts.append(self.weighted_sum(dict(group), "", "weigh"))
+                parts.append(self.weighted_sum(dict(group), "", "weigh", "weigh_add"))
                 continue
             shape = f" / ({_shape(denominator)})"
             numerators = {atom.args[0]: coefficient for atom, coefficient in group}
-            dividend = self.weighted_sum(numerators, shape, "weigh")
-            divisor = self.weighted_sum(linear(denominator), f" in{shape}", "mul")
+            dividend = self.weighted_sum(numerators, shape, "weigh", "weigh_add")
+            divisor = self.weighted_sum(linear(denominator), f" in{shape}")
             parts.append(self.line("div", dividend, divisor))
         return functools.reduce(functools.partial(self.line, "add"), parts)
 
-    def weighted_sum(self, form: Linear, role: str, weigh: str) -> str:
+    def weighted_sum(self, form: Linear, role: str, mul: str = "mul", fma: str = "fma") -> str:
         """A sum of atoms, each times a run-time number named after the atom and `role`."""
-        parts = []
-        for atom, coefficient in form.items():
-            weight = self.scalar(f"weight of {_shape(atom)}{role}", coefficient_expr(coefficient))
-            parts.append(weight if atom == ONE else self.line(weigh, weight, self.atom(atom)))
-        return functools.reduce(functools.partial(self.line, "add"), parts)
+        weights = {
+            atom: self.scalar(f"weight of {_shape(atom)}{role}", coefficient_expr(coefficient))
+            for atom, coefficient in form.items()
+        }
+        total = weights.pop(ONE, None)
+        for atom, weight in weights.items():
+            value = self.atom(atom)
+            total = self.line(fma, weight, value, total) if total else self.line(mul, weight, value)
+        return total
 
     def atom(self, atom: Expr) -> str:
         """An atom, whose operands are linear forms of their own."""
@@ -171,7 +178,7 @@ class _Assembler:
         form = linear(expr)
         if list(form.values()) == [{(): 1.0}] and ONE not in form:
             return self.atom(next(iter(form)))
-        return self.weighted_sum(form, f" in {role}", "mul")
+        return self.weighted_sum(form, f" in {role}")
 
 
 def _denominator(item: tuple[Expr, object]) -> Expr | None:

@@ -41,6 +41,8 @@ OPS = {
         "{0} < {1} ? {1} : {0} > {2} ? {2} : {0}",
         "clamp({0}, {1}, {2})",
     ),
+    # {0} * {1} + {2}, rounded once: the kernels and torch's own vector code both do
+    "fma": Op(3, lambda a, b, c: a * b + c, "fma{f}({0}, {1}, {2})", "{0} * {1} + {2}", binds=1),
     # a weight times a value, where a weight of zero means that the term is not there: 0, whatever
     # the value (0 * infinity would be NaN). Lets one kernel serve every rule whose terms are among
     # its own.
@@ -50,5 +52,13 @@ OPS = {
         "{0} != 0 ? {0} * {1} : 0",
         "{0} * {1}",
         binds=2,
+    ),
+    # the same, added to a sum
+    "weigh_add": Op(
+        3,
+        lambda weight, x, total: np.where(weight == 0, total, weight * x + total),
+        "{0} != 0 ? fma{f}({0}, {1}, {2}) : {2}",
+        "{0} * {1} + {2}",
+        binds=1,
     ),
 }

@@ -12,13 +12,26 @@ from evokernels.kernels.plan import ARITHMETIC, BoundTensor, Numbers
 
 __all__ = ["EagerBackend"]
 
+Value = torch.Tensor | float  # scalars, and sums that have no term yet, are Python numbers
+
 
 def _sign(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x.isnan(), x, x.sign())  # torch.sign(nan) is 0
 
 
-def _weigh(weight: float, x: torch.Tensor) -> torch.Tensor | float:
+def _fma(a: Value, b: torch.Tensor, c: Value) -> torch.Tensor:
+    # torch's add and addcmul round once where the processor can
+    if isinstance(c, float):
+        return a * b + c
+    return torch.add(c, b, alpha=a) if isinstance(a, float) else torch.addcmul(c, a, b)
+
+
+def _weigh(weight: float, x: torch.Tensor) -> Value:
     return weight * x if weight != 0 else 0.0
+
+
+def _weigh_add(weight: float, x: torch.Tensor, total: Value) -> Value:
+    return _fma(weight, x, total) if weight != 0 else total
 
 
 # compiler/ops.py, in torch
@@ -31,7 +44,9 @@ _MEANINGS = {
     "abs": torch.abs,
     "sign": _sign,
     "clamp": torch.clamp,
+    "fma": _fma,
     "weigh": _weigh,
+    "weigh_add": _weigh_add,
 }
 
 

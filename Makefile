@@ -1,0 +1,38 @@
+# Two commands do everything, on a machine with Python 3.11 or newer, a C compiler and make:
+#
+#   make evolve   set up, then evolve optimizers on real images (no network needed after set-up)
+#   make test     set up, then run all tests
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+# what decides whether the installation is up to date
+SOURCES := setup.py pyproject.toml requirements.txt $(wildcard csrc/*) \
+	$(wildcard evokernels/compiler/*.py)
+
+.PHONY: setup evolve test lint bench clean
+
+setup: $(VENV)/.done
+
+$(VENV)/.done: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --requirement requirements.txt
+	$(RUN) -m pip install --quiet --editable .
+	touch $@
+
+evolve: setup
+	$(RUN) bench/evolve.py --preset quick
+
+test: setup lint
+	$(RUN) -m pytest
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+bench: setup
+	$(RUN) -m pytest bench/microbench.py
+
+clean:
+	rm -rf build *.egg-info evokernels/kernels/libevokernels.so $(VENV)

@@ -1,0 +1,273 @@
+"""Every backend against the float64 reference: genomes × dtypes × shapes, layouts, odd values."""
+
+import ctypes
+
+import numpy as np
+import pytest
+import torch
+from cases import DTYPES, SHAPES, assert_near, random_genome
+from eager import eager_update
+
+from evokernels import FusedEvolvedOptimizer, Genome, Term, zoo
+from evokernels.compiler.covers import COVERS, find_cover
+from evokernels.compiler.evaluate import reference_step
+from evokernels.compiler.lower import lower
+from evokernels.compiler.render_c import cover_symbol
+from evokernels.kernels import native
+from evokernels.kernels.plan import ARITHMETIC, lie_alike_and_densely, overlaps_itself
+from evokernels.kernels.registry import BACKENDS
+from evokernels.schedule import learning_rate_factor
+
+TOTAL_STEPS = 7  # of which the tests take five
+
+
+def flat(tensors):
+    return torch.cat([t.detach().flatten() for t in tensors])
+
+
+def train(genome, parameters, gradients, backend):
+    """Five or so steps on given gradients; the parameters change in place."""
+    optimizer = FusedEvolvedOptimizer(parameters, genome, total_steps=TOTAL_STEPS, backend=backend)
+    for step_gradients in gradients:
+        for parameter, gradient in zip(parameters, step_gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+    return optimizer
+
+
+def reference(genome, start, gradients):
+    """The same steps, more exactly than any dtype here: parameter, moments."""
+    p = start.double().numpy().astype(np.longdouble)
+    m, v = np.zeros_like(p), np.zeros_like(p)
+    for s, g in enumerate(gradients):
+        factor = learning_rate_factor(genome, s, TOTAL_STEPS)
+        p, m, v = reference_step(genome, p, g.double().numpy().astype(p.dtype), m, v, s + 1, factor)
+    return p, m, v
+
+
+def eager(genome, start, gradients):
+    """The same steps as the source system takes them, in the arithmetic of the dtype."""
+    arithmetic = ARITHMETIC[start.dtype]
+    stored, m = start.clone(), torch.zeros_like(start, dtype=arithmetic)
+    v = m.clone()
+    for s, g in enumerate(gradients):
+        p = stored.to(arithmetic)
+        lr = genome.lr * learning_rate_factor(genome, s, TOTAL_STEPS)
+        eager_update(genome, p, g.to(arithmetic), m, v, s + 1, lr)
+        stored = p.to(start.dtype)
+    return stored, m, v
+
+
+def case(seed, dtype):
+    """Parameters of all shapes and gradients for five steps."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tensors(scale):
+        return [torch.randn(s, generator=generator).mul(scale).to(dtype) for s in SHAPES]
+
+    scale = 10 ** float(torch.rand((), generator=generator) * 4 - 3)
+    return tensors(1.0), [tensors(scale) for _ in range(5)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_random_genomes_match_the_reference(backend, dtype):
+    for seed in range(300):
+        genome = random_genome(seed)
+        start, gradients = case(seed, dtype)
+        parameters = [p.clone().requires_grad_() for p in start]
+        optimizer = train(genome, parameters, gradients, backend)
+
+        gradients = [flat(step) for step in gradients]
+        exact = reference(genome, flat(start), gradients)
+        yardstick = eager(genome, flat(start), gradients)
+        what = f"genome {seed}: {genome}"
+        assert_near(flat(parameters), exact[0], yardstick[0], dtype, what)
+        for name, moment in (("exp_avg", 1), ("exp_avg_sq", 2)):
+            states = [optimizer.state[p] for p in parameters]
+            if name in states[0]:
+                kept = flat([state[name] for state in states])
+                assert kept.dtype == ARITHMETIC[dtype]
+                assert_near(kept, exact[moment], yardstick[moment], ARITHMETIC[dtype], what)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_not_finite_gradients_show(backend, bad):
+    for seed in range(40):
+        genome = random_genome(seed)
+        start, gradients = case(seed, torch.float32)
+        for i in (2, 3, 4, 5):
+            gradients[1][i].view(-1)[::5] = bad
+        parameters = [p.clone().requires_grad_() for p in start]
+        train(genome, parameters, gradients[:3], backend)
+        exact, _, _ = reference(genome, flat(start), [flat(step) for step in gradients[:3]])
+        actual = flat(parameters).numpy()
+        # an infinite sum may come out as NaN or infinite, depending on the order of its terms
+        assert np.array_equal(np.isfinite(actual), np.isfinite(exact)), genome
+        if np.isnan(bad):
+            assert np.array_equal(np.isnan(actual), np.isnan(exact)), genome
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_term_that_is_not_there_adds_nothing(backend):
+    sign = Genome(term_types=[Term.SIGN_GRAD], wd_log10=float("-inf"), lr_log10=-1)
+    p = torch.tensor([1.0, 1.0, float("-inf")], requires_grad=True)
+    train(sign, [p], [[torch.tensor([float("inf"), -2.0, 0.0])]], backend)
+    # 0 * inf of the gradient term that the cover kernel has too, and 0 * -inf of the decay
+    assert torch.equal(p.detach(), torch.tensor([0.9, 1.1, float("-inf")]))
+
+
+def layouts(dtype):
+    """Parameters and gradients that lie differently, with guarded memory around the parameters."""
+    guarded = torch.full((3, 64, 40), 7.0, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    guarded[1, 8:41, 5:28] = random(33, 23)
+    channels = random(5, 4, 3, 3)
+    return guarded, {
+        "transposed parameter": (random(23, 33).t(), random(33, 23)),
+        "transposed gradient": (random(33, 23), random(23, 33).t()),
+        "both transposed": (random(23, 33).t(), random(23, 33).t()),
+        "channels last": (channels.to(memory_format=torch.channels_last), random(5, 4, 3, 3)),
+        "size one": (random(4, 1, 3, 3), random(4, 1, 3, 3).to(memory_format=torch.channels_last)),
+        "sliced parameter": (guarded[1, 8:41, 5:28], random(33, 23)),
+        "sliced gradient": (random(33, 23), random(66, 46)[::2, ::2]),
+        "expanded gradient": (random(33, 23), random(1, 1).expand(33, 23)),
+        "long": (random(1000, 3).t(), random(3, 1000)),
+        "scalar": (random()[None][0], random(1).expand(3)[1]),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("genome", [zoo.evolved_2025, zoo.sgd_momentum, zoo.rmsprop])
+def test_any_layout_gives_the_contiguous_result(backend, dtype, genome):
+    guarded, cases = layouts(dtype)
+    guard = guarded == 7.0
+    for name, (parameter, gradient) in cases.items():
+        contiguous = parameter.clone(memory_format=torch.contiguous_format).requires_grad_()
+        train(genome, [contiguous], [[gradient.contiguous()]] * 3, backend)
+        train(genome, [parameter.requires_grad_()], [[gradient]] * 3, backend)
+        assert torch.equal(parameter.detach(), contiguous.detach()), name
+    assert (guarded.detach()[guard] == 7.0).all(), "a neighbour was written to"
+
+
+def test_gradient_layout_may_change_between_steps():
+    start, g = torch.randn(40, 30), torch.randn(40, 30)
+    contiguous, changing = start.clone().requires_grad_(), start.clone().requires_grad_()
+    train(zoo.adam, [contiguous], [[g]] * 4, "cpu")
+    other = g.t().contiguous().t()
+    train(zoo.adam, [changing], [[g], [other], [g], [other]], "cpu")
+    assert torch.equal(contiguous, changing)
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads():
+    sizes = [1, 63, 4097, 70_001, 131_072, 5]
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            torch.manual_seed(0)
+            parameters = [torch.randn(n, requires_grad=True) for n in sizes]
+            gradients = [[torch.randn(n) for n in sizes] for _ in range(3)]
+            train(zoo.evolved_2025, parameters, gradients, "cpu")
+            results.append(flat(parameters))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_16_bit_value_loads_and_stores_exactly(dtype):
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    nothing = Genome(term_types=[Term.GRAD], wd_log10=float("-inf"))
+    kept = every.clone().requires_grad_()
+    train(nothing, [kept], [[torch.zeros_like(every)]], "cpu")
+    nan = every.isnan()
+    assert torch.equal(kept.detach()[~nan].view(torch.int16), every[~nan].view(torch.int16))
+    assert kept.detach()[nan].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("lr_log10", [-5.0, -3.3, -1.0, -0.1, 2.0])
+def test_16_bit_stores_round_as_torch_does(dtype, lr_log10):
+    # 0 - lr * g reaches subnormal values, ties and overflow
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    genome = Genome(term_types=[Term.GRAD], wd_log10=float("-inf"), lr_log10=lr_log10)
+    p = torch.zeros_like(every).requires_grad_()
+    train(genome, [p], [[every]], "cpu")
+    expected = (0 - torch.tensor(genome.lr, dtype=torch.float32) * every.float()).to(dtype)
+    torch.testing.assert_close(p.detach(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_kernels_stay_inside_their_range():
+    """Called directly on the middle of poisoned buffers, all covers, dtypes and awkward lengths."""
+    for dtype in DTYPES:
+        moment = ARITHMETIC[dtype]
+        for cover in COVERS:
+            name = cover_symbol(cover, str(dtype).removeprefix("torch."))
+            kernel = ctypes.CFUNCTYPE(
+                None, *[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_void_p
+            )(native.kernel_address(name))
+            scalars = (ctypes.c_double * len(cover.program.scalars))(
+                *(0.5 for _ in cover.program.scalars)
+            )
+            for n in (0, 1, 15, 63, 130):
+                buffers = [
+                    torch.full((n + 128,), 3.0, dtype=d) for d in (dtype,) * 2 + (moment,) * 2
+                ]
+                inner = [b[64 : 64 + n] for b in buffers]
+                kernel(*(b.data_ptr() for b in inner), n, scalars)
+                for i, buffer in enumerate(buffers):
+                    assert (buffer[:64] == 3.0).all(), (name, n, i)
+                    assert (buffer[64 + n :] == 3.0).all(), (name, n, i)
+                if n:
+                    assert (inner[0] != 3.0).all(), (name, n)
+                    assert (inner[1] == 3.0).all(), (name, n)
+                    written = ("m" in cover.program.state, "v" in cover.program.state)
+                    assert ((inner[2] != 3.0).all(), (inner[3] != 3.0).all()) == written
+
+
+def test_a_mutation_of_a_number_needs_no_other_kernel():
+    programs = {
+        lower(
+            Genome(
+                term_types=[3, 4], alphas=[1.0 + i, 2.0], lr_log10=-3 + i / 10, beta1=0.5 + i / 100
+            )
+        ).program
+        for i in range(20)
+    }
+    assert len(programs) == 1
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_rule_of_the_catalogue_has_a_cover(seed):
+    for genome in (random_genome(seed * 50 + i) for i in range(50)):
+        cover = find_cover(lower(genome).program)
+        assert cover is not None, genome
+        assert set(cover.program.state) == set(lower(genome).program.state)
+
+
+@pytest.mark.parametrize(
+    ("make", "dense", "overlapping"),
+    [
+        (lambda: torch.zeros(3, 4), True, False),
+        (lambda: torch.zeros(()), True, False),
+        (lambda: torch.zeros(0, 4), True, False),
+        (lambda: torch.zeros(3, 4).t(), True, False),
+        (lambda: torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last), True, False),
+        (lambda: torch.zeros(3, 8)[:, :4], False, False),
+        (lambda: torch.zeros(1, 4).expand(3, 4), False, True),
+        (lambda: torch.zeros(10).as_strided((4, 4), (2, 1)), False, True),
+    ],
+)
+def test_layout_questions(make, dense, overlapping):
+    tensor = make()
+    if tensor.numel():
+        assert lie_alike_and_densely([tensor]) == dense
+    assert overlaps_itself(tensor) == overlapping
