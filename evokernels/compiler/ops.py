@@ -34,7 +34,12 @@ OPS = {
     "sqrt": Op(1, np.sqrt, "sqrt{f}({0})", "sqrt({0})"),
     "abs": Op(1, abs, "fabs{f}({0})", "|{0}|"),
     # sign(0) = 0 and sign(NaN) = NaN: torch.sign(nan) is 0, which hides a diverged run
-    "sign": Op(1, np.sign, "{0} > 0 ? 1 : {0} < 0 ? -1 : {0}", "sign({0})"),
+    "sign": Op(
+        1,
+        lambda x: np.where(x > 0, 1.0, np.where(x < 0, -1.0, x)),
+        "{0} > 0 ? 1 : {0} < 0 ? -1 : {0}",
+        "sign({0})",
+    ),
     "clamp": Op(
         3,
         lambda x, low, high: np.minimum(np.maximum(x, low), high),
