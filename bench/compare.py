@@ -97,7 +97,8 @@ def run(options: argparse.Namespace) -> None:
             on_progress=lambda done, expected: bar.show(done, expected, "comparison"),
         )
     report.write_comparison(options.out, comparison)
-    print(f"{options.steps} steps, batches of {options.batch_size}, seeds {options.seeds}\n")
+    seeds = " ".join(map(str, options.seeds))
+    print(f"{options.steps} steps, batches of {options.batch_size}, seeds {seeds}\n")
     print(comparison.tables())
     print(f"\n{options.out} has {' and '.join(report.COMPARISON_FILES)}.")
 

@@ -94,7 +94,9 @@ def plot_history(folder: pathlib.Path, history: Sequence[Generation]) -> None:
     for place, (title, best, mean) in enumerate(panels, start=1):
         axes = figure.add_subplot(1, len(panels), place)
         axes.plot(numbers, best, color=BEST_COLOUR, marker="o", markersize=3, label="best")
-        axes.plot(numbers, mean, color=MEAN_COLOUR, marker="o", markersize=3, label="mean")
+        axes.plot(
+            numbers, mean, color=MEAN_COLOUR, marker="o", markersize=3, label="mean (diverged: -1)"
+        )
         axes.set_title(title)
         axes.set_xlabel("generation")
         axes.set_ylabel("fitness")
@@ -115,7 +117,10 @@ def _plot_comparison(path: pathlib.Path, comparison: Comparison) -> None:
     groups = [*comparison.tasks, "overall"] if len(comparison.tasks) > 1 else comparison.tasks
     count = len(comparison.optimizers)
     width = 0.8 / count
-    figure = _figure(1.6 + 0.5 * len(groups) * max(count, 3), 4.0)
+    # a genome file by its name and folder, so that a long path leaves room for the bars
+    labels = ["/".join(pathlib.PurePath(name).parts[-2:]) for name in comparison.optimizers]
+    legend_width = 0.7 + 0.09 * max(map(len, labels))
+    figure = _figure(1.5 + 0.4 * len(groups) * max(count, 3) + legend_width, 3.6)
     axes = figure.add_subplot()
     for place, optimizer in enumerate(comparison.optimizers):
         estimates = [
@@ -131,14 +136,14 @@ def _plot_comparison(path: pathlib.Path, comparison: Comparison) -> None:
             width=0.92 * width,
             yerr=[estimate.error for estimate in estimates],
             capsize=2,
-            label=optimizer,
+            label=labels[place],
         )
     axes.set_xticks(range(len(groups)), groups)
     axes.set_ylabel("fitness (mean ± standard error over seeds)")
     axes.axhline(0.0, color="black", linewidth=0.8)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=min(count, 4))
+    figure.legend(loc="outside right upper")
     _save(figure, path)
 
 

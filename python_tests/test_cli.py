@@ -1,0 +1,313 @@
+"""bench/evolve.py and bench/compare.py as a user runs them, killed processes included."""
+
+import argparse
+import csv
+import importlib
+import os
+import pathlib
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from evokernels import zoo
+from evokernels.evolution.journal import JOURNAL
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = (
+    *("--population", "4", "--generations", "3", "--elites", "1", "--tournament", "2"),
+    *("--steps", "2", "--train-samples", "64", "--batch-size", "32", "--comparison-seeds", "1"),
+)
+DEADLINE = 60  # seconds until a step of a test counts as hung
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs a script of bench/ in this process; returns exit code, stdout and stderr."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        code = importlib.import_module(script).main()
+        return code, *capsys.readouterr()
+
+    return run
+
+
+# Settings
+
+
+def test_the_paper_preset_is_the_configuration_of_the_source_system(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    assert importlib.import_module("evolve").PRESETS["paper"].to_dict() == {
+        "population": 50,
+        "generations": 50,
+        "elites": 3,
+        "tournament": 4,
+        "max_terms": 4,
+        "run_seed": 42,
+        "tasks": ("fashion_mnist", "cifar10", "mnist"),
+        "seeds": (0, 1),
+        "steps": 500,
+        "batch_size": 128,
+        "train_samples": 15000,
+        "comparison_seeds": 3,
+        "threads": 1,
+    }
+
+
+def test_help_names_every_setting(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        command("evolve", "--help")
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    for option in (
+        *("population", "generations", "elites", "tournament", "max-terms", "run-seed", "tasks"),
+        *("seeds", "steps", "batch-size", "train-samples", "comparison-seeds", "threads"),
+        *("preset", "out", "data-dir", "workers"),
+    ):
+        assert f"--{option} " in text
+
+
+def test_options_override_the_preset(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    options = importlib.import_module("evolve").parse(["--preset", "paper", "--seeds", "3", "4"])
+    assert (options.seeds, options.steps) == ([3, 4], None)
+    assert options.out == pathlib.Path("runs/paper")
+
+
+def test_workers_fill_the_cores(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    worker_count = importlib.import_module("commandline").worker_count
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    options = argparse.Namespace(workers=None)
+    assert [worker_count(options, threads) for threads in (1, 3, 16)] == [8, 2, 1]
+    assert worker_count(argparse.Namespace(workers=5), 4) == 5
+
+
+# Errors: one line, exit code 2, nothing overwritten
+
+
+def assert_one_line(result, *parts):
+    code, out, err = result
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    for part in parts:
+        assert part in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("--tasks", "imagenet"), "imagenet"),
+        (("--population", "1"), "population must be at least 2, got 1"),
+        (("--seeds", "0", "0"), "seeds must be one or more different values, got 0 0"),
+        (("--steps", "0"), "steps must be at least 1, got 0"),
+    ],
+)
+def test_a_bad_setting(command, tmp_path, arguments, part):
+    result = command("evolve", *TINY, *arguments, "--out", tmp_path / "run")
+    assert_one_line(result, part)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_no_run_folder(command, tmp_path):
+    (tmp_path / "notes.txt").write_text("precious")
+    assert_one_line(command("evolve", *TINY, "--out", tmp_path), "is not a run folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_foreign_journal(command, tmp_path):
+    (tmp_path / JOURNAL).write_bytes(b"precious" * 100)
+    assert_one_line(command("evolve", *TINY, "--out", tmp_path), "not a journal of evokernels")
+    assert (tmp_path / JOURNAL).read_bytes() == b"precious" * 100
+
+
+@pytest.mark.parametrize("script", ["evolve", "compare"])
+def test_a_folder_that_cannot_be_made(command, tmp_path, script):
+    (tmp_path / "file").write_text("precious")
+    mini = ("--tasks", "fashion_mnist_mini", "--steps", "1")
+    assert_one_line(command(script, *mini, "--out", tmp_path / "file" / "run"), "cannot")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_an_unwritable_folder(tmp_path):
+    if os.getuid() == 0:
+        pytest.skip("root may write everywhere")
+    tmp_path.chmod(0o500)
+    result = subprocess.run(evolve_command(tmp_path / "run"), capture_output=True, text=True)
+    assert_one_line((result.returncode, result.stdout, result.stderr), "cannot use")
+
+
+def test_a_genome_file_with_a_typo(command, tmp_path):
+    path = tmp_path / "typo.json"
+    path.write_text(zoo.adam.to_json().replace("beta1", "bta1"))
+    assert_one_line(command("compare", path, "--out", tmp_path / "out"), "typo.json", "bta1")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_optimizer_that_does_not_exist(command, tmp_path):
+    result = command("compare", "adaam", "--out", tmp_path / "out")
+    assert_one_line(result, "'adaam' is neither a genome file nor one of the zoo", "adamw")
+
+
+def test_a_missing_data_set(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **kwargs: 1 / 0)  # no network
+    arguments = ("--tasks", "mnist", "--data-dir", tmp_path / "data", "--workers", "1")
+    code, out, err = command("evolve", *TINY, *arguments, "--out", tmp_path / "run")
+    assert (code, out) == (2, "")
+    assert "mnist" in err.splitlines()[-1]
+    assert err.splitlines()[-1].startswith("error: ")
+
+
+def test_other_settings_are_named(command, killed_and_resumed):
+    _, broken = killed_and_resumed
+    before = (broken / JOURNAL).read_bytes()
+    result = command("evolve", *TINY, "--population", "5", "--out", broken)
+    assert_one_line(result, "population 4 (now 5)", "--out")
+    assert (broken / JOURNAL).read_bytes() == before
+
+
+# Runs
+
+
+def evolve_command(folder, workers=1):
+    script = str(ROOT / "bench" / "evolve.py")
+    return [sys.executable, script, *TINY, "--workers", str(workers), "--out", str(folder)]
+
+
+def start(folder, workers):
+    """A run in a process of its own."""
+    return subprocess.Popen(
+        evolve_command(folder, workers),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def rows(folder):
+    """Evaluations in a journal that another process is writing."""
+    if not (folder / JOURNAL).exists():
+        return 0
+    connection = sqlite3.connect(f"file:{folder / JOURNAL}?mode=ro", uri=True)
+    try:
+        return connection.execute("SELECT count(*) FROM evaluation").fetchone()[0]
+    finally:
+        connection.close()
+
+
+def wait_until(condition):
+    end = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < end, "hung"
+        time.sleep(0.01)
+
+
+def wait_until_rows(folder, count, process):
+    wait_until(lambda: rows(folder) >= count or process.poll() is not None)
+
+
+def wait_until_gone(pids):
+    wait_until(lambda: not any(map(alive, pids)))
+
+
+def children(pid):
+    return [
+        int(child)
+        for task in pathlib.Path(f"/proc/{pid}/task").iterdir()
+        for child in (task / "children").read_text().split()
+    ]
+
+
+def alive(pid):
+    try:
+        state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+@pytest.fixture(scope="module")
+def killed_and_resumed(tmp_path_factory):
+    """The folders of an unbroken run, and of one that is killed twice on its way."""
+    unbroken, broken = (tmp_path_factory.mktemp("runs") / name for name in ("unbroken", "broken"))
+    whole = start(unbroken, workers=1)
+    # in the second generation, with two workers; in the comparison, with one
+    for kill_at, workers in ((5, 2), (11, 1)):
+        process = start(broken, workers)
+        wait_until_rows(broken, kill_at, process)
+        offspring = children(process.pid)
+        assert len(offspring) >= (workers if workers > 1 else 0)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        wait_until_gone(offspring)
+    assert whole.wait(DEADLINE) == 0, whole.stderr.read()
+    whole.stderr.close()
+    assert rows(broken) < rows(unbroken)
+    last = start(broken, workers=1)
+    _, errors = last.communicate(timeout=DEADLINE)
+    assert last.returncode == 0, errors
+    return unbroken, broken
+
+
+def test_a_killed_run_ends_like_an_unbroken_one(killed_and_resumed):
+    unbroken, broken = killed_and_resumed
+    for name in ("history.csv", "best_genome.json"):
+        assert (broken / name).read_bytes() == (unbroken / name).read_bytes()
+    assert rows(broken) == rows(unbroken)
+    assert (broken / "evolution.png").stat().st_size > 5000
+
+
+def test_a_complete_run_shows_its_result_and_the_three_lines_run(command, killed_and_resumed):
+    _, broken = killed_and_resumed
+    code, out, err = command("evolve", *TINY, "--out", broken)
+    assert (code, err) == (0, "")
+    assert "was complete already" in out
+    for part in ("lr = ", "p ← ", "| evolved ", "| adam ", "| adamw ", "overall fitness"):
+        assert part in out
+    lines = [line.strip() for line in out.splitlines()[-3:]]
+    model = torch.nn.Linear(3, 2)
+    before = model.weight.detach().clone()
+    scope = {"model": model}
+    exec("\n".join(lines), scope)
+    model(torch.ones(1, 3)).sum().backward()
+    scope["optimizer"].step()
+    assert not torch.equal(model.weight, before)
+
+
+def test_ctrl_c_says_how_to_resume(tmp_path):
+    process = start(tmp_path, workers=2)
+    wait_until_rows(tmp_path, 1, process)
+    offspring = children(process.pid)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1].startswith("interrupted; all finished training runs are in ")
+    assert "Traceback" not in errors
+    wait_until_gone(offspring)
+
+
+def test_compare_prints_and_writes_its_tables(command, tmp_path):
+    path = tmp_path / "mine.json"
+    zoo.evolved_2025.save(path)
+    code, out, _ = command(
+        *("compare", "adam", path, "--tasks", "fashion_mnist_mini", "--steps", "2"),
+        *("--seeds", "0", "1", "--train-samples", "64", "--batch-size", "32"),
+        *("--workers", "1", "--out", tmp_path / "out"),
+    )
+    assert code == 0
+    assert "| optimizer" in out
+    assert f"| {path} " in out
+    assert (tmp_path / "out" / "comparison.png").stat().st_size > 5000
+    with (tmp_path / "out" / "comparison.csv").open() as file:
+        runs = list(csv.DictReader(file))
+    assert [(run["optimizer"], run["seed"]) for run in runs] == [
+        *(("adam", "0"), ("adam", "1"), (str(path), "0"), (str(path), "1"))
+    ]
+    assert all(0 < float(run["accuracy"]) < 1 for run in runs)
