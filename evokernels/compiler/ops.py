@@ -42,7 +42,7 @@ OPS = {
     ),
     "clamp": Op(
         3,
-        lambda x, low, high: np.minimum(np.maximum(x, low), high),
+        lambda x, low, high: np.where(x < low, low, np.where(x > high, high, x)),
         "{0} < {1} ? {1} : {0} > {2} ? {2} : {0}",
         "clamp({0}, {1}, {2})",
     ),

@@ -70,17 +70,22 @@ class _CpuPlan:
         self._gradients[:] = [None if g is None else g.data_ptr() for g in gradients]
         self._rows[:] = rows
         scalars = [self._arrangements[id(row.program)](row.values) for row in numbers]
-        native.library().evk_step(
-            self._records,
-            self._gradients,
-            (ctypes.POINTER(ctypes.c_double) * len(scalars))(*scalars),
-            self._rows,
-            len(self._records),
-            torch.get_num_threads(),
-        )
+        self._scalars = (ctypes.POINTER(ctypes.c_double) * len(scalars))(*scalars)
+        self.launch()
         # autograd does not see writes through pointers: tell it, as in-place operations do
         torch.autograd.graph.increment_version(
             [b.parameter for b, g in zip(self._tensors, gradients, strict=True) if g is not None]
+        )
+
+    def launch(self) -> None:
+        """The native call alone, with the gradients and numbers of the last run."""
+        native.library().evk_step(
+            self._records,
+            self._gradients,
+            self._scalars,
+            self._rows,
+            len(self._records),
+            torch.get_num_threads(),
         )
 
     def _adapt(self, gradients: Sequence[torch.Tensor | None], keys: list[tuple | None]) -> None:
