@@ -10,7 +10,7 @@ import torch
 from evokernels.compiler.canonical import canonical_key
 from evokernels.compiler.describe import formula
 from evokernels.compiler.lower import lower
-from evokernels.errors import OptimizerError
+from evokernels.errors import GenomeError, OptimizerError
 from evokernels.genome import Genome
 from evokernels.kernels.plan import ARITHMETIC
 from evokernels.kernels.registry import select
@@ -35,9 +35,12 @@ def explain(
         file: where to print; standard output by default.
 
     Raises:
+        GenomeError: `genome` is none.
         OptimizerError: parameters cannot be of this dtype.
         BackendError: the backend asked for cannot run there.
     """
+    if not isinstance(genome, Genome):
+        raise GenomeError(f"explain takes an evokernels.Genome, got {type(genome).__name__}")
     if dtype not in ARITHMETIC:
         allowed = ", ".join(map(str, ARITHMETIC))
         raise OptimizerError(f"dtype is {dtype}; parameters may be {allowed}")

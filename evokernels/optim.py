@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -74,6 +77,8 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; options that the group leaves out come from its genome."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         genome = param_group.get("genome", self.defaults["genome"])
         _check_genome(genome)
         super().add_param_group({**_group_options(genome), **param_group})
@@ -98,7 +103,7 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._binding is None or not self._binding.is_current():
+        if self._binding is None or not self._binding.is_current(self.param_groups, self.state):
             self._binding = self._bind()
         self._binding.step()
         return loss
@@ -112,65 +117,50 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of `state_dict`: genome, options, moments and step counts, lossless."""
-        groups = []
-        for ours, theirs in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            group = {**ours, **theirs}  # a state of torch's Adam brings no genome
-            if isinstance(group["genome"], dict):
-                group["genome"] = Genome.from_dict(group["genome"])
-            _check_group(group)
-            groups.append(group)
-        groups += state_dict["param_groups"][len(groups) :]  # too many: torch's error says so
-        super().load_state_dict({**state_dict, "param_groups": groups})
-        # torch has cast the moments to the dtype of their parameter, and those of a 16-bit
-        # parameter lost half their digits: take them again as they were saved
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        saved_ids = [i for group in groups for i in group["params"]]
-        for parameter, saved_id in zip(parameters, saved_ids, strict=True):
-            saved = state_dict["state"].get(saved_id, {})
-            for name in saved.keys() & _STATE_NAMES.values():
-                self.state[parameter][name] = saved[name].to(
-                    parameter.device, ARITHMETIC[parameter.dtype], copy=True
-                )
-        self._binding = None
+        # the last hook to run, so that it sees what those of the user have made of the state
+        prepare = self.register_load_state_dict_pre_hook(_prepare_to_load)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            prepare.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._binding = None
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            for name, value in self.state.get(parameter, {}).items():
+                if isinstance(value, _Uncast):
+                    self.state[parameter][name] = value.tensor.to(
+                        parameter.device, ARITHMETIC[parameter.dtype], copy=True
+                    )
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's list leaves out what a subclass adds; the binding points into memory
         return {**super().__getstate__(), "_backend": self._backend}
 
     def _bind(self) -> _Binding:
-        bound, groups, waiting, backends = [], [], [], []
+        bound, groups, waiting, backends, steps = [], [], [], [], []
         for group in self.param_groups:
+            _check_group(group)
             rule = lower(group["genome"])
-            for parameter in group["params"]:
-                if parameter.grad is None and not self.state.get(parameter):
+            for parameter in dict.fromkeys(group["params"]):  # of duplicates torch warns
+                state = self.state.get(parameter, {})
+                if parameter.grad is None and not state:
                     waiting.append(parameter)
                     continue
                 _check_parameter(parameter)
-                moments = self._moments(rule, parameter)
-                bound.append(BoundTensor(rule.program, parameter, moments))
+                bound.append(BoundTensor(rule.program, parameter, _moments(rule, parameter, state)))
                 groups.append(group)
                 backends.append(_select(rule, parameter, self._backend))
-        steps = [float(self.state[b.parameter].get("step", 0.0)) for b in bound]
-        binding = _Binding(bound, groups, waiting, backends, steps)
-        for b, step in zip(bound, binding.steps, strict=True):
-            self.state[b.parameter]["step"] = step
-        return binding
-
-    def _moments(self, rule: Rule, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The moments that a rule keeps of a parameter, zero where there are none yet."""
-        state = self.state[parameter]
-        for moment in rule.program.state:
-            if _STATE_NAMES[moment] not in state:
-                state[_STATE_NAMES[moment]] = torch.zeros_like(
-                    parameter,
-                    dtype=ARITHMETIC[parameter.dtype],
-                    memory_format=torch.preserve_format,
-                )
-        return {moment: state[_STATE_NAMES[moment]] for moment in rule.program.state}
+                steps.append(float(state.get("step", 0.0)))
+        # nothing has changed up to here, and nothing fails from here on
+        all_steps = torch.tensor(steps, dtype=torch.float64)
+        for b, step in zip(bound, all_steps, strict=True):
+            moments = {_STATE_NAMES[name]: moment for name, moment in b.moments.items()}
+            self.state[b.parameter].update(step=step, **moments)
+        return _Binding(
+            bound, groups, waiting, backends, all_steps, _foundation(self.param_groups, self.state)
+        )
 
 
 class _Binding:
@@ -182,30 +172,38 @@ class _Binding:
         groups: list[dict[str, Any]],
         waiting: list[torch.Tensor],
         backends: list[Backend],
-        steps: list[float],
+        steps: torch.Tensor,
+        foundation: list[Any],
     ) -> None:
         self.parameters = [b.parameter for b in bound]
         self._groups = groups
         self._waiting = waiting
-        self._genomes = [group["genome"] for group in groups]
+        self._foundation = foundation
         self._keys = [memory_key(parameter) for parameter in self.parameters]
-        # one tensor for all counts, of which every state["step"] is a view: counting is one
+        # a moment is told by its address alone: its memory is kept, so nothing else moves in there
+        self._moments = [moment for b in bound for moment in b.moments.values()]
+        self._kept = [moment.untyped_storage() for moment in self._moments]
+        self._addresses = [moment.data_ptr() for moment in self._moments]
+        # one array for all counts, of which every state["step"] is a view: counting is one
         # operation for the whole model
-        self.steps = torch.tensor(steps, dtype=torch.float64)
-        self._counts = self.steps.numpy()
+        self._counts = steps.numpy()
+        self._counted = self._counts.copy()
         self._present: list[bool] = []
         self._rows: list[int] = []
         self._first_of_row: list[int] = []
-        self._plans: list[tuple[Plan, list[int]]] = []
+        self.plans: list[tuple[Plan, list[int]]] = []
         for backend in dict.fromkeys(backends):
             members = [i for i, b in enumerate(backends) if b is backend]
-            self._plans.append((backend.bind([bound[i] for i in members]), members))
+            self.plans.append((backend.bind([bound[i] for i in members]), members))
 
-    def is_current(self) -> bool:
-        """Whether parameters and genomes are those bound, and none of the others has a gradient."""
+    def is_current(self, groups: list[dict[str, Any]], state: Mapping[Any, Any]) -> bool:
+        """Whether all is as it was bound, and none of the waiting parameters has a gradient."""
+        foundation = _foundation(groups, state)
         return (
-            [memory_key(parameter) for parameter in self.parameters] == self._keys
-            and all(g["genome"] is old for g, old in zip(self._groups, self._genomes, strict=True))
+            len(foundation) == len(self._foundation)
+            and all(map(operator.is_, foundation, self._foundation))
+            and [memory_key(parameter) for parameter in self.parameters] == self._keys
+            and [moment.data_ptr() for moment in self._moments] == self._addresses
             and all(parameter.grad is None for parameter in self._waiting)
         )
 
@@ -213,14 +211,23 @@ class _Binding:
         """Count the step and update."""
         gradients = [parameter.grad for parameter in self.parameters]
         present = [gradient is not None for gradient in gradients]
-        self._counts += present
-        if present != self._present:
-            # tensors with gradients in the same steps keep counting alike
+        if not {g.layout for g in gradients if g is not None} <= {torch.strided}:
+            for parameter in self.parameters:
+                _check_parameter(parameter)
+        if present != self._present or (self._counts != self._counted).any():
             self._present = present
-            self._assign_rows()
-        numbers = [self._numbers(i) for i in self._first_of_row]
-        for plan, members in self._plans:
-            plan.run([gradients[i] for i in members], [self._rows[i] for i in members], numbers)
+            self._rows = []  # tensors with gradients in the same steps keep counting alike
+        self._counts += present
+        try:
+            if not self._rows:
+                self._assign_rows()
+            numbers = [self._numbers(i) for i in self._first_of_row]
+            for plan, members in self.plans:
+                plan.run([gradients[i] for i in members], [self._rows[i] for i in members], numbers)
+        except Exception:
+            self._counts -= present
+            raise
+        self._counted[:] = self._counts
 
     def _assign_rows(self) -> None:
         """One row of numbers for each group and step count among the tensors with gradients."""
@@ -239,7 +246,7 @@ class _Binding:
         """The scalars of this step for the tensors that share group and count with tensor `i`."""
         group, t = self._groups[i], int(self._counts[i])
         genome, rule = group["genome"], lower(group["genome"])
-        lr = _nonnegative("lr", group["lr"])
+        lr = _number("lr", group["lr"])
         beta1, beta2 = group["betas"]
         values = scalar_values(
             lr=lr * learning_rate_factor(genome, t - 1, group["total_steps"]),
@@ -251,6 +258,65 @@ class _Binding:
             t=t,
         )
         return Numbers(rule.program, rule.numbers(values))
+
+
+@dataclass(frozen=True)
+class _Uncast:
+    """A moment on its way through torch's load_state_dict.
+
+    Torch casts every tensor of the state to the dtype of its parameter; moments of a 16-bit
+    parameter would lose half their digits.
+    """
+
+    tensor: torch.Tensor
+
+
+def _prepare_to_load(
+    optimizer: FusedEvolvedOptimizer, state_dict: dict[str, Any]
+) -> dict[str, Any]:
+    """What `load_state_dict` hands to torch: complete groups, moments out of reach of its cast."""
+    groups, state = [], dict(state_dict["state"])
+    for ours, theirs in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
+        group = {**ours, **theirs}  # a state of torch's Adam brings no genome
+        if isinstance(group["genome"], dict):
+            group["genome"] = Genome.from_dict(group["genome"])
+        _check_group(group)
+        groups.append(group)
+        for parameter, i in zip(ours["params"], theirs["params"], strict=False):
+            moments = {n: state[i][n] for n in _STATE_NAMES.values() if n in state.get(i, {})}
+            for name, moment in moments.items():
+                _check_moment(name, moment, parameter)
+            if moments:
+                state[i] = {**state[i], **{n: _Uncast(moment) for n, moment in moments.items()}}
+    groups += state_dict["param_groups"][len(groups) :]  # too many: torch's error says so
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _foundation(groups: list[dict[str, Any]], state: Mapping[Any, Any]) -> list[Any]:
+    """All objects that a binding rests on; others in their place mean that it is out of date."""
+
+    objects: list[Any] = []
+    for group in groups:
+        objects += (group, group["genome"], *group["params"])
+    for values in state.values():
+        objects += values.values()
+    return objects
+
+
+def _moments(rule: Rule, parameter: torch.Tensor, state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The moments that a rule keeps of a parameter, zero where there are none yet."""
+    arithmetic = ARITHMETIC[parameter.dtype]
+    moments = {}
+    for moment in rule.program.state:
+        name = _STATE_NAMES[moment]
+        if name in state:
+            _check_moment(name, state[name], parameter)
+            moments[moment] = state[name].to(parameter.device, arithmetic)
+        else:
+            moments[moment] = torch.zeros_like(
+                parameter, dtype=arithmetic, memory_format=torch.preserve_format
+            )
+    return moments
 
 
 def _select(rule: Rule, parameter: torch.Tensor, backend: str) -> Backend:
@@ -287,23 +353,32 @@ def _check_group(group: dict[str, Any]) -> None:
     genome, total_steps = group["genome"], group["total_steps"]
     _check_genome(genome)
     for name in ("lr", "eps", "weight_decay"):
-        _nonnegative(name, group[name])
+        _number(name, group[name])
     betas = group["betas"]
-    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise OptimizerError(f"betas must be two numbers in [0, 1), got {betas!r}")
+    for beta in betas:
+        _number("betas", beta, below=1.0)
+    for name in ("amsgrad", "maximize"):  # of torch's Adam
+        if group.get(name):
+            raise OptimizerError(f"{name}=True asks for a rule that no genome has; set it to False")
     if genome.use_cosine_decay and total_steps is None:
         raise OptimizerError(
             "this genome decays its learning rate by cosine over the whole training; "
             "say how long that is: FusedEvolvedOptimizer(params, genome, total_steps=...)"
         )
-    if total_steps is not None and not (isinstance(total_steps, int) and total_steps > 0):
+    is_whole = isinstance(total_steps, numbers.Integral) and not isinstance(total_steps, bool)
+    if total_steps is not None and not (is_whole and total_steps > 0):
         raise OptimizerError(f"total_steps must be a positive whole number, got {total_steps!r}")
 
 
-def _nonnegative(name: str, value: Any) -> float:
-    number = float(value)
-    if not 0.0 <= number < math.inf:
-        raise OptimizerError(f"{name} must be a finite number of at least 0, got {value!r}")
+def _number(name: str, value: Any, below: float = math.inf) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):  # no number, or a tensor of several
+        number = math.nan
+    if not 0.0 <= number < below:
+        raise OptimizerError(f"{name} must lie in [0, {below:g}), got {value!r}")
     return number
 
 
@@ -321,8 +396,25 @@ def _check_parameter(parameter: torch.Tensor) -> None:
             f"{what} and strides {parameter.stride()} has elements that share memory; "
             "call .contiguous() before making it a parameter"
         )
-    if parameter.grad is not None and parameter.grad.layout != torch.strided:
+    gradient = parameter.grad
+    if gradient is None:
+        return
+    if gradient.layout != torch.strided:
         raise OptimizerError(
-            f"the gradient of {what} is {parameter.grad.layout}; gradients must be dense: "
+            f"the gradient of {what} is {gradient.layout}; gradients must be dense: "
             "build the embedding with sparse=False"
+        )
+    if (gradient.shape, gradient.dtype) != (parameter.shape, parameter.dtype):
+        raise OptimizerError(
+            f"{what} is {parameter.dtype}, its gradient {tuple(gradient.shape)} and "
+            f"{gradient.dtype}; call zero_grad() when a parameter gets new data"
+        )
+
+
+def _check_moment(name: str, moment: Any, parameter: torch.Tensor) -> None:
+    shape = tuple(moment.shape) if isinstance(moment, torch.Tensor) else type(moment).__name__
+    if shape != tuple(parameter.shape):
+        raise OptimizerError(
+            f"{name} of a parameter of shape {tuple(parameter.shape)} is {shape}; "
+            "the state belongs to another model"
         )
