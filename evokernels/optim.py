@@ -391,6 +391,8 @@ def _check_parameter(parameter: torch.Tensor) -> None:
         raise OptimizerError(f"{what} is {parameter.layout}; parameters must be dense tensors")
     if parameter.is_meta:
         raise OptimizerError(f"{what} is on the meta device; materialise the model first")
+    if parameter.is_neg():  # its memory holds the negated values
+        raise OptimizerError(f"{what} is a negated view; call .resolve_neg() before")
     if overlaps_itself(parameter):
         raise OptimizerError(
             f"{what} and strides {parameter.stride()} has elements that share memory; "
@@ -407,7 +409,8 @@ def _check_parameter(parameter: torch.Tensor) -> None:
     if (gradient.shape, gradient.dtype) != (parameter.shape, parameter.dtype):
         raise OptimizerError(
             f"{what} is {parameter.dtype}, its gradient {tuple(gradient.shape)} and "
-            f"{gradient.dtype}; call zero_grad() when a parameter gets new data"
+            f"{gradient.dtype}; both must be the same: call zero_grad() after giving a parameter "
+            "new data"
         )
 
 

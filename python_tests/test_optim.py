@@ -728,6 +728,10 @@ def test_total_steps_is_asked_for_where_the_genome_needs_it(backend):
     assert "FusedEvolvedOptimizer(params, genome, total_steps=...)" in str(error.value)
 
 
+def negated():
+    return nn.Parameter(torch.ones(2, dtype=torch.complex64).conj().imag)
+
+
 def overlapping():
     return nn.Parameter(torch.as_strided(torch.ones(4), (3, 2), (1, 1)))
 
@@ -744,6 +748,7 @@ BAD_GROUPS = [
     (lambda: torch.ones(2).to_sparse(), {}, OptimizerError, "sparse_coo; parameters must be dense"),
     (lambda: torch.ones(2, device="meta"), {}, OptimizerError, "materialise the model first"),
     (lambda: torch.ones(1).expand(3), {}, OptimizerError, "strides (0,) has elements that share"),
+    (negated, {}, OptimizerError, "is a negated view; call .resolve_neg()"),
     (overlapping, {}, OptimizerError, "strides (1, 1) has elements that share"),
     (None, {"lr": -1e-3}, OptimizerError, "lr must lie in [0, inf), got -0.001"),
     (None, {"lr": math.nan}, OptimizerError, "lr must lie in [0, inf), got nan"),
@@ -856,7 +861,7 @@ def moment_of_another_shape(p, optimizer):
             sparse_gradient,
             "sparse_coo; gradients must be dense: build the embedding with sparse=False",
         ),
-        (stale_gradient, "call zero_grad()"),
+        (stale_gradient, "call zero_grad() after giving"),
         (gradient_of_another_dtype, "its gradient (3,) and torch.float64"),
         (bad_lr, "lr must lie in"),
         (moment_of_another_shape, "exp_avg of a parameter of shape (3,) is (9,)"),
