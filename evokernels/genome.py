@@ -37,7 +37,7 @@ class Term(enum.IntEnum):
     NESTEROV = 6
 
     def __repr__(self) -> str:
-        return repr(self.name)  # so that repr(genome) can be evaluated
+        return repr(self.name)  # the name is what Genome accepts and JSON holds
 
     @classmethod
     def parse(cls, value: object) -> Term:

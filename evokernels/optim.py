@@ -22,6 +22,7 @@ from evokernels.kernels.plan import (
     BoundTensor,
     Numbers,
     Plan,
+    find_overlap,
     memory_key,
     overlaps_itself,
 )
@@ -87,6 +88,7 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
             for parameter in self.param_groups[-1]["params"]:
                 _check_parameter(parameter)
                 _select(lower(genome), parameter, self._backend)
+            _check_apart([p for group in self.param_groups for p in group["params"]])
         except Exception:
             del self.param_groups[-1]
             raise
@@ -153,6 +155,7 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
                 groups.append(group)
                 backends.append(_select(rule, parameter, self._backend))
                 steps.append(float(state.get("step", 0.0)))
+        _check_apart([b.parameter for b in bound])
         # nothing has changed up to here, and nothing fails from here on
         all_steps = torch.tensor(steps, dtype=torch.float64)
         for b, step in zip(bound, all_steps, strict=True):
@@ -362,6 +365,11 @@ def _check_group(group: dict[str, Any]) -> None:
     for name in ("amsgrad", "maximize"):  # of torch's Adam
         if group.get(name):
             raise OptimizerError(f"{name}=True asks for a rule that no genome has; set it to False")
+    if group.get("decoupled_weight_decay") is False and group["weight_decay"]:
+        raise OptimizerError(
+            "this is a state of torch.optim.Adam with weight_decay, which adds to the gradient; "
+            "genomes decay apart from it, as AdamW does: set weight_decay to 0 or use AdamW's state"
+        )
     if genome.use_cosine_decay and total_steps is None:
         raise OptimizerError(
             "this genome decays its learning rate by cosine over the whole training; "
@@ -412,6 +420,18 @@ def _check_parameter(parameter: torch.Tensor) -> None:
             f"{gradient.dtype}; both must be the same: call zero_grad() after giving a parameter "
             "new data"
         )
+
+
+def _check_apart(parameters: list[torch.Tensor]) -> None:
+    unique = dict.fromkeys(parameters)  # of duplicates torch warns
+    for device in {parameter.device for parameter in unique}:
+        shared = find_overlap(p for p in unique if p.device == device)
+        if shared:
+            shapes = " and ".join(str(tuple(parameter.shape)) for parameter in shared)
+            raise OptimizerError(
+                f"two parameters of shapes {shapes} share memory, so each would be updated twice; "
+                "tie weights by using one Parameter in both places"
+            )
 
 
 def _check_moment(name: str, moment: Any, parameter: torch.Tensor) -> None:

@@ -13,8 +13,14 @@ from evokernels.compiler.covers import COVERS, find_cover
 from evokernels.compiler.evaluate import reference_step
 from evokernels.compiler.lower import lower
 from evokernels.compiler.render_c import cover_symbol
+from evokernels.errors import OptimizerError
 from evokernels.kernels import native
-from evokernels.kernels.plan import ARITHMETIC, lie_alike_and_densely, overlaps_itself
+from evokernels.kernels.plan import (
+    ARITHMETIC,
+    find_overlap,
+    lie_alike_and_densely,
+    overlaps_itself,
+)
 from evokernels.kernels.registry import BACKENDS
 from evokernels.schedule import learning_rate_factor
 
@@ -264,6 +270,7 @@ def test_every_rule_of_the_catalogue_has_a_cover(seed):
         (lambda: torch.zeros(3, 8)[:, :4], False, False),
         (lambda: torch.zeros(1, 4).expand(3, 4), False, True),
         (lambda: torch.zeros(10).as_strided((4, 4), (2, 1)), False, True),
+        (lambda: torch.zeros(0).expand(3, 0), True, False),
     ],
 )
 def test_layout_questions(make, dense, overlapping):
@@ -271,3 +278,44 @@ def test_layout_questions(make, dense, overlapping):
     if tensor.numel():
         assert lie_alike_and_densely([tensor]) == dense
     assert overlaps_itself(tensor) == overlapping
+
+
+@pytest.mark.parametrize(
+    ("make", "overlap"),
+    [
+        (lambda x: [x[:50], x[50:]], False),
+        (lambda x: [x[:51], x[50:]], True),
+        (lambda x: [x, x[50:51]], True),
+        (lambda x: [x.view(10, 10)[:, :5], x.view(10, 10)[:, 5:]], False),
+        (lambda x: [x.view(10, 10)[:, :6], x.view(10, 10)[:, 5:]], True),
+        (lambda x: [x[::2], x[1::2], x[:0]], False),
+        (lambda x: [x[::2], x[::3]], True),
+    ],
+)
+def test_tensors_that_share_memory_are_found(make, overlap):
+    assert (find_overlap(make(torch.zeros(100))) is not None) == overlap
+
+
+@pytest.mark.parametrize(
+    "gradient",
+    [
+        torch.ones(1),
+        torch.ones(1000, dtype=torch.float64),
+        torch.complex(torch.zeros(1000), torch.ones(1000)).conj().imag,
+    ],
+    ids=["shape", "dtype", "negated"],
+)
+def test_a_gradient_of_another_kind_is_an_error_before_anything_is_touched(gradient):
+    parameter = torch.ones(1000, requires_grad=True)
+    parameter.grad = torch.ones(1000)
+    optimizer = FusedEvolvedOptimizer([parameter], zoo.adam, backend="cpu")
+    optimizer.step()
+    before = parameter.detach().clone()
+    if gradient.is_neg():
+        parameter.grad = gradient
+    else:
+        parameter.grad.data = gradient
+    with pytest.raises(OptimizerError, match="gradient"):
+        optimizer.step()
+    assert torch.equal(parameter.detach(), before)
+    assert optimizer.state[parameter]["step"] == 1

@@ -736,6 +736,11 @@ def overlapping():
     return nn.Parameter(torch.as_strided(torch.ones(4), (3, 2), (1, 1)))
 
 
+def tied():
+    memory = torch.zeros(10)
+    return [nn.Parameter(memory[:6]), nn.Parameter(memory[5:])]
+
+
 # (parameters, options of their group, error, message)
 BAD_GROUPS = [
     (
@@ -750,6 +755,7 @@ BAD_GROUPS = [
     (lambda: torch.ones(1).expand(3), {}, OptimizerError, "strides (0,) has elements that share"),
     (negated, {}, OptimizerError, "is a negated view; call .resolve_neg()"),
     (overlapping, {}, OptimizerError, "strides (1, 1) has elements that share"),
+    (tied, {}, OptimizerError, "share memory, so each would be updated twice"),
     (None, {"lr": -1e-3}, OptimizerError, "lr must lie in [0, inf), got -0.001"),
     (None, {"lr": math.nan}, OptimizerError, "lr must lie in [0, inf), got nan"),
     (None, {"lr": "fast"}, OptimizerError, "lr must lie in [0, inf), got 'fast'"),

@@ -41,5 +41,5 @@ def _schedule(genome: Genome) -> str:
     if genome.use_warmup:
         text += f", reached linearly over {genome.warmup_steps} steps"
     if genome.use_cosine_decay:
-        text += ", falling along half a cosine to 0 at the last step"
+        text += ", falling along half a cosine to 0 over the training"
     return text

@@ -64,7 +64,7 @@ class _CpuPlan:
         rows: Sequence[int],
         numbers: Sequence[Numbers],
     ) -> None:
-        keys = [None if g is None else (g.stride(), g.dtype, g.device) for g in gradients]
+        keys = [None if g is None else _layout_key(g) for g in gradients]
         if keys != self._gradient_keys:
             self._adapt(gradients, keys)
         self._gradients[:] = [None if g is None else g.data_ptr() for g in gradients]
@@ -94,10 +94,12 @@ class _CpuPlan:
             if gradient is None or keys[i] == self._gradient_keys[i]:
                 continue
             parameter = bound.parameter
-            if gradient.dtype != parameter.dtype or gradient.device != parameter.device:
+            if keys[i][0] != _layout_key(parameter)[0]:
                 raise OptimizerError(
-                    f"the gradient of a {parameter.dtype} parameter on {parameter.device} is "
-                    f"{gradient.dtype} on {gradient.device}; both must be the same"
+                    f"a gradient is {gradient.dtype} of shape {tuple(gradient.shape)} on "
+                    f"{gradient.device}, its parameter {parameter.dtype} of shape "
+                    f"{tuple(parameter.shape)} on {parameter.device}; both must be the same, "
+                    "and no negated view"
                 )
             operands = (parameter, gradient, *bound.moments.values())
             flat = lie_alike_and_densely(operands)
@@ -121,6 +123,12 @@ class _Layout:
             (ctypes.POINTER(ctypes.c_int64) * 4)(*addresses),
         )
         self.pointer = ctypes.pointer(layout)
+
+
+def _layout_key(tensor: torch.Tensor) -> tuple:
+    """What must be the same for parameter and gradient, and how the tensor lies in memory."""
+    kind = tensor.dtype, tensor.shape, tensor.device, tensor.is_neg()
+    return kind, tensor.stride()
 
 
 def _record(bound: BoundTensor) -> native.TensorRecord:

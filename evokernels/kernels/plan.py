@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +16,7 @@ __all__ = [
     "BoundTensor",
     "Numbers",
     "Plan",
+    "find_overlap",
     "lie_alike_and_densely",
     "memory_key",
     "overlaps_itself",
@@ -113,6 +114,8 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
 
     Errs on the safe side for interleaved views that only torch.as_strided can make.
     """
+    if tensor.numel() == 0:
+        return False
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
@@ -120,3 +123,35 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
                 return True
             reach += stride * (size - 1)
     return False
+
+
+def find_overlap(tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Two tensors that share memory, if there are any."""
+    spans = sorted(
+        ((*_span(tensor), i, tensor) for i, tensor in enumerate(tensors) if tensor.numel()),
+        key=lambda span: span[:3],
+    )
+    open_spans: list[tuple[int, torch.Tensor]] = []
+    for start, end, _, tensor in spans:
+        open_spans = [(other_end, other) for other_end, other in open_spans if other_end > start]
+        for _, other in open_spans:
+            dense = lie_alike_and_densely([tensor]) and lie_alike_and_densely([other])
+            # columns of one matrix interleave without sharing anything: look at the elements
+            if dense or torch.isin(_addresses(tensor), _addresses(other)).any():
+                return other, tensor
+        open_spans.append((end, tensor))
+    return None
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    reach = sum(s * (n - 1) for s, n in zip(tensor.stride(), tensor.shape, strict=True))
+    start = tensor.data_ptr()
+    return start, start + (reach + 1) * tensor.element_size()
+
+
+def _addresses(tensor: torch.Tensor) -> torch.Tensor:
+    """The addresses of all elements."""
+    addresses = torch.tensor(tensor.data_ptr())
+    for stride, size in zip(tensor.stride(), tensor.shape, strict=True):
+        addresses = addresses[..., None] + torch.arange(size) * stride * tensor.element_size()
+    return addresses
