@@ -49,8 +49,7 @@ def _cover(with_m: bool, with_v: bool, with_abs: bool) -> Cover:
     if with_abs:
         update = update + linear_terms / (abs(terms.g) + terms.eps)
     program, _ = assemble(linear(update), clipping=True)
-    low, high = terms.CLIPPED_GRADIENT.args[1:]
-    absent = {str(low): -math.inf, str(high): math.inf}
+    absent = {str(-terms.clip): -math.inf, str(terms.clip): math.inf}
     for line in program.lines:
         if line.op in ("weigh", "weigh_add"):
             absent[program.scalars[int(line.args[0][1:])]] = 0.0

@@ -108,7 +108,7 @@ def sign(x: Expr) -> Expr:
 
 def clamp(x: Expr, low: Expr, high: Expr) -> Expr:
     """`x` limited to [low, high]; NaN stays NaN."""
-    return Call("clamp", (x, low, high))
+    return Call("min", (high, Call("max", (low, x))))
 
 
 def substitute(expr: Expr, values: Mapping[Symbol, Expr]) -> Expr:

@@ -36,16 +36,13 @@ OPS = {
     # sign(0) = 0 and sign(NaN) = NaN: torch.sign(nan) is 0, which hides a diverged run
     "sign": Op(
         1,
-        lambda x: np.where(x > 0, 1.0, np.where(x < 0, -1.0, x)),
-        "{0} > 0 ? 1 : {0} < 0 ? -1 : {0}",
+        lambda x: np.where((x < 0) | (x > 0), np.copysign(1.0, x), x),
+        "islessgreater({0}, 0) ? copysign{f}(1, {0}) : {0}",  # one comparison and one select
         "sign({0})",
     ),
-    "clamp": Op(
-        3,
-        lambda x, low, high: np.where(x < low, low, np.where(x > high, high, x)),
-        "{0} < {1} ? {1} : {0} > {2} ? {2} : {0}",
-        "clamp({0}, {1}, {2})",
-    ),
+    # a NaN in the second operand stays, as in the processor's own instruction
+    "min": Op(2, lambda a, b: np.where(a < b, a, b), "{0} < {1} ? {0} : {1}", "min({0}, {1})"),
+    "max": Op(2, lambda a, b: np.where(a > b, a, b), "{0} > {1} ? {0} : {1}", "max({0}, {1})"),
     # {0} * {1} + {2}, rounded once: the kernels and torch's own vector code both do
     "fma": Op(3, lambda a, b, c: a * b + c, "fma{f}({0}, {1}, {2})", "{0} * {1} + {2}", binds=1),
     # a weight times a value, where a weight of zero means that the term is not there: 0, whatever
