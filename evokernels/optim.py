@@ -16,15 +16,13 @@ from evokernels.compiler.lower import Rule, lower
 from evokernels.compiler.terms import scalar_values
 from evokernels.errors import OptimizerError
 from evokernels.genome import Genome
+from evokernels.kernels.memory import find_overlap, memory_key, overlaps_itself
 from evokernels.kernels.plan import (
     ARITHMETIC,
     Backend,
     BoundTensor,
     Numbers,
     Plan,
-    find_overlap,
-    memory_key,
-    overlaps_itself,
 )
 from evokernels.kernels.registry import select
 from evokernels.schedule import learning_rate_factor

@@ -15,12 +15,8 @@ from evokernels.compiler.lower import lower
 from evokernels.compiler.render_c import cover_symbol
 from evokernels.errors import OptimizerError
 from evokernels.kernels import native
-from evokernels.kernels.plan import (
-    ARITHMETIC,
-    find_overlap,
-    lie_alike_and_densely,
-    overlaps_itself,
-)
+from evokernels.kernels.memory import find_overlap, lie_alike_and_densely, overlaps_itself
+from evokernels.kernels.plan import ARITHMETIC
 from evokernels.kernels.registry import BACKENDS
 from evokernels.schedule import learning_rate_factor
 

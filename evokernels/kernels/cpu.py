@@ -13,7 +13,8 @@ from evokernels.compiler.program import Program
 from evokernels.compiler.render_c import cover_symbol
 from evokernels.errors import BackendError, OptimizerError
 from evokernels.kernels import native
-from evokernels.kernels.plan import ARITHMETIC, BoundTensor, Numbers, lie_alike_and_densely
+from evokernels.kernels.memory import lie_alike_and_densely
+from evokernels.kernels.plan import ARITHMETIC, BoundTensor, Numbers
 
 __all__ = ["CpuBackend"]
 
