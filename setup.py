@@ -46,6 +46,7 @@ native = Extension(
     sources=["csrc/runtime.c"],
     depends=sorted(glob.glob("csrc/*.h") + glob.glob("evokernels/compiler/*.py")),
     include_dirs=["csrc"],
+    libraries=["m"],
     extra_compile_args=[
         "-std=c11",
         "-O3",

@@ -1,6 +1,9 @@
 """Every backend against the float64 reference: genomes × dtypes × shapes, layouts, odd values."""
 
 import ctypes
+import pathlib
+import platform
+import subprocess
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from evokernels import FusedEvolvedOptimizer, Genome, Term, zoo
 from evokernels.compiler.covers import COVERS, find_cover
 from evokernels.compiler.evaluate import reference_step
 from evokernels.compiler.lower import lower
-from evokernels.compiler.render_c import cover_symbol
+from evokernels.compiler.render_c import cover_symbol, render_covers
 from evokernels.errors import OptimizerError
 from evokernels.kernels import native
 from evokernels.kernels.memory import find_overlap, lie_alike_and_densely, overlaps_itself
@@ -20,6 +23,7 @@ from evokernels.kernels.plan import ARITHMETIC
 from evokernels.kernels.registry import BACKENDS
 from evokernels.schedule import learning_rate_factor
 
+CSRC = pathlib.Path(__file__).parents[1] / "csrc"
 TOTAL_STEPS = 7  # of which the tests take five
 
 
@@ -182,6 +186,41 @@ def test_the_result_does_not_depend_on_the_number_of_threads():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the instruction sets are x86-64's")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_result_does_not_depend_on_the_instruction_set(dtype, tmp_path):
+    """The same source built for each instruction set alone, against the library's choice."""
+    name = str(dtype).removeprefix("torch.")
+    source = tmp_path / "covers.c"
+    source.write_text(render_covers(name))
+    flags = [
+        *("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"),
+        *("-DEVK_ONE_INSTRUCTION_SET", f"-I{CSRC}"),
+    ]
+    built = [native.library()]
+    for level in ("x86-64", "x86-64-v3", "x86-64-v4"):
+        if level <= native.instruction_set():
+            library = tmp_path / f"{level}.so"
+            command = ["cc", *flags, f"-march={level}", source, "-o", library, "-lm"]
+            subprocess.run(command, check=True)
+            built.append(ctypes.CDLL(str(library)))
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.rand(1003, generator=generator).sub(0.5).to(dtype) for _ in range(2)]
+    start += [torch.rand(1003, generator=generator, dtype=ARITHMETIC[dtype]) for _ in range(2)]
+    for cover in COVERS:
+        scalars = (ctypes.c_double * len(cover.program.scalars))(
+            *torch.rand(len(cover.program.scalars), generator=generator).tolist()
+        )
+        results = []
+        for library in built:
+            tensors = [tensor.clone() for tensor in start]
+            addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+            library[cover_symbol(cover, name)](*addresses, ctypes.c_int64(1003), scalars)
+            results.append(flat([tensor.double() for tensor in tensors]))
+        assert not torch.equal(results[0], flat([tensor.double() for tensor in start]))
+        assert all(torch.equal(result, results[0]) for result in results), cover.name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
