@@ -1,6 +1,7 @@
 """bench/evolve.py and bench/compare.py as a user runs them, killed processes included."""
 
 import argparse
+import contextlib
 import csv
 import importlib
 import os
@@ -182,13 +183,26 @@ def evolve_command(folder, workers=1):
 
 
 def start(folder, workers):
-    """A run in a process of its own."""
-    return subprocess.Popen(
-        evolve_command(folder, workers),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    """A run in a process of its own; what it says on stderr is in a file beside its folder."""
+    with errors_of(folder).open("w") as errors:
+        return subprocess.Popen(
+            evolve_command(folder, workers), stdout=subprocess.DEVNULL, stderr=errors
+        )
+
+
+@contextlib.contextmanager
+def ended_at_last(process):
+    """Kills the process (SIGKILL) if it still runs at the end of the block."""
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(DEADLINE)
+
+
+def errors_of(folder):
+    # no pipe: a worker that outlives its parent would hold it open, and the test would hang
+    return folder.with_name(f"{folder.name}.stderr")
 
 
 def rows(folder):
@@ -218,11 +232,11 @@ def wait_until_gone(pids):
 
 
 def children(pid):
-    return [
-        int(child)
-        for task in pathlib.Path(f"/proc/{pid}/task").iterdir()
-        for child in (task / "children").read_text().split()
-    ]
+    found = []
+    for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a thread may end while we look
+            found += map(int, (task / "children").read_text().split())
+    return found
 
 
 def alive(pid):
@@ -237,22 +251,18 @@ def alive(pid):
 def killed_and_resumed(tmp_path_factory):
     """The folders of an unbroken run, and of one that is killed twice on its way."""
     unbroken, broken = (tmp_path_factory.mktemp("runs") / name for name in ("unbroken", "broken"))
-    whole = start(unbroken, workers=1)
-    # in the second generation, with two workers; in the comparison, with one
-    for kill_at, workers in ((5, 2), (11, 1)):
-        process = start(broken, workers)
-        wait_until_rows(broken, kill_at, process)
-        offspring = children(process.pid)
-        assert len(offspring) >= (workers if workers > 1 else 0)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        wait_until_gone(offspring)
-    assert whole.wait(DEADLINE) == 0, whole.stderr.read()
-    whole.stderr.close()
+    with ended_at_last(start(unbroken, workers=1)) as whole:
+        # in the second generation, with two workers; in the comparison, with one
+        for kill_at, workers in ((5, 2), (11, 1)):
+            with ended_at_last(start(broken, workers)) as process:
+                wait_until_rows(broken, kill_at, process)
+                offspring = children(process.pid)
+                assert len(offspring) >= (workers if workers > 1 else 0)
+            wait_until_gone(offspring)
+        assert whole.wait(DEADLINE) == 0, errors_of(unbroken).read_text()
     assert rows(broken) < rows(unbroken)
-    last = start(broken, workers=1)
-    _, errors = last.communicate(timeout=DEADLINE)
-    assert last.returncode == 0, errors
+    with ended_at_last(start(broken, workers=1)) as last:
+        assert last.wait(DEADLINE) == 0, errors_of(broken).read_text()
     return unbroken, broken
 
 
@@ -282,15 +292,16 @@ def test_a_complete_run_shows_its_result_and_the_three_lines_run(command, killed
 
 
 def test_ctrl_c_says_how_to_resume(tmp_path):
-    process = start(tmp_path, workers=2)
-    wait_until_rows(tmp_path, 1, process)
-    offspring = children(process.pid)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=DEADLINE)
-    assert process.returncode == 130
+    folder = tmp_path / "run"
+    with ended_at_last(start(folder, workers=2)) as process:
+        wait_until_rows(folder, 1, process)
+        offspring = children(process.pid)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(DEADLINE) == 130
+    wait_until_gone(offspring)
+    errors = errors_of(folder).read_text()
     assert errors.splitlines()[-1].startswith("interrupted; all finished training runs are in ")
     assert "Traceback" not in errors
-    wait_until_gone(offspring)
 
 
 def test_compare_prints_and_writes_its_tables(command, tmp_path):

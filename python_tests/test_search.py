@@ -187,6 +187,18 @@ def test_the_same_seed_and_scores_give_the_same_search():
     assert other[-1] != play(SMALL)[-1]
 
 
+def test_every_generation_has_its_own_random_numbers():
+    search = GeneticSearch(SMALL)
+    start = search.start()
+    scores = [score(genome) for genome in start.population]
+
+    def offspring(generation):
+        state = dataclasses.replace(start, generation=generation)
+        return [genome.term_types for genome in search.tell(state, scores).population[3:]]
+
+    assert offspring(0) != offspring(1)
+
+
 def test_the_global_generator_is_neither_read_nor_touched():
     random.seed(1)
     before = random.getstate()
