@@ -6,6 +6,7 @@ import csv
 import importlib
 import os
 import pathlib
+import re
 import signal
 import sqlite3
 import subprocess
@@ -182,11 +183,14 @@ def evolve_command(folder, workers=1):
     return [sys.executable, script, *TINY, "--workers", str(workers), "--out", str(folder)]
 
 
-def start(folder, workers):
-    """A run in a process of its own; what it says on stderr is in a file beside its folder."""
+def start(folder, workers, *options):
+    """A run in a process group of its own; its stderr goes to a file beside its folder."""
     with errors_of(folder).open("w") as errors:
         return subprocess.Popen(
-            evolve_command(folder, workers), stdout=subprocess.DEVNULL, stderr=errors
+            [*evolve_command(folder, workers), *options],
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            start_new_session=True,
         )
 
 
@@ -291,12 +295,18 @@ def test_a_complete_run_shows_its_result_and_the_three_lines_run(command, killed
     assert not torch.equal(model.weight, before)
 
 
-def test_ctrl_c_says_how_to_resume(tmp_path):
+def ignores_ctrl_c(pid):
+    (mask,) = re.findall(r"SigIgn:\s*(\w+)", pathlib.Path(f"/proc/{pid}/status").read_text())
+    return int(mask, 16) >> (signal.SIGINT - 1) & 1
+
+
+def test_ctrl_c_in_the_middle_of_long_training_ends_at_once_and_says_how_to_resume(tmp_path):
     folder = tmp_path / "run"
-    with ended_at_last(start(folder, workers=2)) as process:
-        wait_until_rows(folder, 1, process)
+    with ended_at_last(start(folder, 2, "--steps", "1000000")) as process:
+        # two workers, ready, and multiprocessing's resource tracker
+        wait_until(lambda: sum(map(ignores_ctrl_c, children(process.pid))) == 3)
         offspring = children(process.pid)
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
         assert process.wait(DEADLINE) == 130
     wait_until_gone(offspring)
     errors = errors_of(folder).read_text()
