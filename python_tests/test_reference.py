@@ -136,7 +136,7 @@ def test_compiled_program_and_source_system_agree_with_the_reference(seed):
         g = rng.standard_normal(50)
         p, m, v = reference_step(genome, p, g, m, v, t)
         compiled["g"] = g
-        numbers = rule.numbers(genome_scalars(genome, t))
+        numbers = rule.numbers(**genome_scalars(genome, t))
         compiled.update(run_program(rule.program, compiled, numbers))
         eager_update(genome, eager[0], torch.from_numpy(g), *eager[1:], t, genome.lr)
         np.testing.assert_allclose(compiled["p"], p, rtol=1e-11, atol=1e-12)

@@ -24,7 +24,7 @@ def canonical_key(genome: Genome) -> str:
     # none. Not the program: journals keep these keys, and the compiler may learn to do better.
     # 12 digits: a product taken in another order differs in the last one or two of 17
     numbers = [
-        f"{number:.12g}" for t in (1, 2, 3) for number in rule.numbers(genome_scalars(genome, t))
+        f"{number:.12g}" for t in (1, 2, 3) for number in rule.numbers(**genome_scalars(genome, t))
     ]
     warmup = genome.warmup_steps if genome.use_warmup and genome.warmup_steps > 1 else 0
     identity = repr((rule.program.scalars, numbers, warmup, genome.use_cosine_decay))

@@ -40,7 +40,7 @@ def reference_step(
     values = {"p": p, "g": g, "m": m, "v": v, **terms.genome_scalars(genome, t, lr_factor)}
 
     def value(formula: Expr) -> np.ndarray:
-        return compiled(formula)(values)
+        return compiled(formula)(**values)[0]
 
     with np.errstate(all="ignore"):
         if genome.use_gradient_clipping:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from evokernels.compiler.ops import OPS
 
-__all__ = ["Call", "Constant", "Expr", "Symbol", "clamp", "compiled", "sign", "sqrt", "substitute"]
+__all__ = [
+    "Call",
+    "Constant",
+    "Expr",
+    "Symbol",
+    "clamp",
+    "compiled",
+    "sign",
+    "sqrt",
+    "substitute",
+    "symbols_of",
+]
 
 
 class Expr:
@@ -120,17 +132,36 @@ def substitute(expr: Expr, values: Mapping[Symbol, Expr]) -> Expr:
     return expr
 
 
-def compiled(expr: Expr) -> Callable[[Mapping[str, Any]], Any]:
-    """A function from the values of the symbols (by name) to the value of the expression."""
-    if isinstance(expr, Constant):
-        return lambda values, value=expr.value: value
-    if isinstance(expr, Symbol):
-        return lambda values, name=expr.name: values[name]
-    meaning, args = OPS[expr.op].meaning, [compiled(arg) for arg in expr.args]
-    if len(args) == 2:  # most operations; twice as fast as the general line below
-        left, right = args
-        return lambda values: meaning(left(values), right(values))
-    return lambda values: meaning(*[arg(values) for arg in args])
+def compiled(*exprs: Expr) -> Callable[..., list[Any]]:
+    """One Python function for all expressions: symbols by keyword, a list of values back.
+
+    Written out as text and compiled: an optimizer calls it every step, and a tree of closures
+    costs three times as much.
+    """
+    symbols = sorted({symbol.name for expr in exprs for symbol in symbols_of(expr)})
+    values = ", ".join(map(_python, exprs))
+    meanings = {name: op.meaning for name, op in OPS.items()}
+    # other symbols may come along: callers pass all they have
+    return eval(f"lambda *, {''.join(f'{name}, ' for name in symbols)}**_: [{values}]", meanings)
+
+
+def symbols_of(expr: Expr) -> set[Symbol]:
+    """The symbols that an expression reads."""
+    if isinstance(expr, Call):
+        return set().union(*(symbols_of(arg) for arg in expr.args))
+    return {expr} if isinstance(expr, Symbol) else set()
+
+
+def _python(expr: Expr) -> str:
+    if isinstance(expr, Call):
+        args = [_python(arg) for arg in expr.args]
+        arithmetic = OPS[expr.op].meaning.__module__ == operator.add.__module__
+        return (
+            f"({OPS[expr.op].text.format(*args)})"
+            if arithmetic
+            else f"{expr.op}({', '.join(args)})"
+        )
+    return expr.name if isinstance(expr, Symbol) else repr(expr.value)
 
 
 def _expr(value: Expr | float) -> Expr:

@@ -17,7 +17,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from evokernels.compiler import terms
-from evokernels.compiler.expr import Call, Constant, Expr, Symbol, compiled, substitute
+from evokernels.compiler.expr import (
+    Call,
+    Constant,
+    Expr,
+    Symbol,
+    compiled,
+    substitute,
+    symbols_of,
+)
 from evokernels.compiler.linear import ONE, Linear, coefficient_expr, linear
 from evokernels.compiler.program import Line, Program
 from evokernels.genome import Genome
@@ -42,10 +50,10 @@ class Rule:
     formulas: tuple[Expr, ...]
 
     @functools.cached_property
-    def numbers(self) -> Callable[[Mapping[str, float]], list[float]]:
-        """A function from the hyperparameters of a step to the program's scalars, in float64."""
-        functions = [compiled(formula) for formula in self.formulas]
-        return lambda hyperparameters: [float(f(hyperparameters)) for f in functions]
+    def numbers(self) -> Callable[..., list[float]]:
+        """A function from the hyperparameters of a step (`terms.scalar_values`, by keyword) to the
+        program's scalars, in float64."""
+        return compiled(*self.formulas)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -86,7 +94,7 @@ def assemble(update: Linear, *, clipping: bool) -> tuple[Program, tuple[Expr, ..
     assembler = _Assembler()
     if clipping:
         assembler.values[terms.g] = assembler.value(terms.CLIPPED_GRADIENT)
-    read = {symbol for atom in update for symbol in _symbols(atom)}
+    read = {symbol for atom in update for symbol in symbols_of(atom)}
     state = []
     for moment, formula in ((terms.m, terms.FIRST_MOMENT), (terms.v, terms.SECOND_MOMENT)):
         if moment in read:
@@ -184,12 +192,6 @@ class _Assembler:
 def _denominator(item: tuple[Expr, object]) -> Expr | None:
     atom, _ = item
     return atom.args[1] if isinstance(atom, Call) and atom.op == "div" else None
-
-
-def _symbols(expr: Expr) -> set[Symbol]:
-    if isinstance(expr, Call):
-        return set().union(*(_symbols(arg) for arg in expr.args))
-    return {expr} if isinstance(expr, Symbol) else set()
 
 
 def _shape(expr: Expr) -> str:

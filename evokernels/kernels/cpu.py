@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -65,7 +64,9 @@ class _CpuPlan:
         rows: Sequence[int],
         numbers: Sequence[Numbers],
     ) -> None:
-        keys = [None if g is None else _layout_key(g) for g in gradients]
+        keys = [
+            None if g is None else (g.stride(), g.shape, g.dtype, g.is_neg()) for g in gradients
+        ]
         if keys != self._gradient_keys:
             self._adapt(gradients, keys)
         self._gradients[:] = [None if g is None else g.data_ptr() for g in gradients]
@@ -95,12 +96,11 @@ class _CpuPlan:
             if gradient is None or keys[i] == self._gradient_keys[i]:
                 continue
             parameter = bound.parameter
-            if keys[i][0] != _layout_key(parameter)[0]:
+            if keys[i][1:] != (parameter.shape, parameter.dtype, False):
                 raise OptimizerError(
-                    f"a gradient is {gradient.dtype} of shape {tuple(gradient.shape)} on "
-                    f"{gradient.device}, its parameter {parameter.dtype} of shape "
-                    f"{tuple(parameter.shape)} on {parameter.device}; both must be the same, "
-                    "and no negated view"
+                    f"a gradient is {gradient.dtype} of shape {tuple(gradient.shape)}, its "
+                    f"parameter {parameter.dtype} of shape {tuple(parameter.shape)}; both must be "
+                    "the same, and no negated view"
                 )
             operands = (parameter, gradient, *bound.moments.values())
             flat = lie_alike_and_densely(operands)
@@ -126,12 +126,6 @@ class _Layout:
         self.pointer = ctypes.pointer(layout)
 
 
-def _layout_key(tensor: torch.Tensor) -> tuple:
-    """What must be the same for parameter and gradient, and how the tensor lies in memory."""
-    kind = tensor.dtype, tensor.shape, tensor.device, tensor.is_neg()
-    return kind, tensor.stride()
-
-
 def _record(bound: BoundTensor) -> native.TensorRecord:
     parameter, moments = bound.parameter, bound.moments
     return native.TensorRecord(
@@ -150,15 +144,15 @@ def _record(bound: BoundTensor) -> native.TensorRecord:
 def _arrangement(program: Program) -> Callable[[Sequence[float]], ctypes.Array]:
     """A function from the scalars of a program to those of its cover."""
     cover = find_cover(program)
-    template = [cover.absent.get(role, math.nan) for role in cover.program.scalars]
-    positions = [cover.program.scalars.index(role) for role in program.scalars]
-    array = ctypes.c_double * len(template)
+    absent = [role for role in cover.program.scalars if role not in program.scalars]
+    known = [cover.absent[role] for role in absent]
+    roles = [*program.scalars, *absent]
+    order = [roles.index(role) for role in cover.program.scalars]
+    array = ctypes.c_double * len(order)
 
     def arranged(values: Sequence[float]) -> ctypes.Array:
-        scalars = array(*template)
-        for position, value in zip(positions, values, strict=True):
-            scalars[position] = value
-        return scalars
+        candidates = [*values, *known]
+        return array(*[candidates[i] for i in order])
 
     return arranged
 

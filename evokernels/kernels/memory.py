@@ -6,15 +6,15 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-__all__ = ["find_overlap", "lie_alike_and_densely", "memory_key", "overlaps_itself"]
+__all__ = ["find_overlap", "lie_alike_and_densely", "memory_keys", "overlaps_itself"]
 
 
-def memory_key(tensor: torch.Tensor) -> tuple:
-    """Equal as long as a tensor means the same memory in the same way.
+def memory_keys(tensors: Iterable[torch.Tensor]) -> list[tuple]:
+    """Equal as long as the tensors mean the same memory in the same way.
 
     Never the address alone: allocators hand the same one out again for another size.
     """
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+    return [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors]
 
 
 def lie_alike_and_densely(tensors: Sequence[torch.Tensor]) -> bool:
