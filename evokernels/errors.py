@@ -7,6 +7,8 @@ __all__ = [
     "GenomeError",
     "JournalError",
     "OptimizerError",
+    "SettingsError",
+    "WorkerError",
 ]
 
 
@@ -32,3 +34,11 @@ class DatasetError(EvokernelsError, RuntimeError):
 
 class JournalError(EvokernelsError, RuntimeError):
     """A run folder or its journal is damaged, foreign, or belongs to another configuration."""
+
+
+class SettingsError(EvokernelsError, ValueError):
+    """A setting of a search or of a run is out of its range."""
+
+
+class WorkerError(EvokernelsError, RuntimeError):
+    """A worker process ended in the middle of its work."""

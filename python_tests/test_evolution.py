@@ -14,7 +14,7 @@ import torch
 
 from evokernels import zoo
 from evokernels.compiler.canonical import canonical_key
-from evokernels.errors import DatasetError, JournalError
+from evokernels.errors import DatasetError, JournalError, SettingsError
 from evokernels.evolution import evaluator, pool
 from evokernels.evolution.comparison import Comparison, Estimate, Row, compare
 from evokernels.evolution.evaluator import Budget, Outcome, Trial, evaluate
@@ -24,7 +24,7 @@ from evokernels.evolution.pool import open_pool
 from evokernels.evolution.report import FILES, history_csv
 from evokernels.evolution.run import RunSettings, evolve
 from evokernels.genome import Genome
-from evokernels.search.genetic import GeneticConfig, SettingsError
+from evokernels.search.genetic import GeneticConfig
 from evokernels.search.score import Status
 from evokernels.tasks import load_images
 

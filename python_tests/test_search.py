@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evokernels import zoo
+from evokernels.errors import SettingsError
 from evokernels.genome import Genome, Term
 from evokernels.search import operators
-from evokernels.search.genetic import GeneticConfig, GeneticSearch, SettingsError
+from evokernels.search.genetic import GeneticConfig, GeneticSearch
 from evokernels.search.operators import ALPHA, FLAGS, NUMERIC, RATES
 from evokernels.search.score import Score, Status
 

@@ -16,15 +16,11 @@ from typing import Any
 
 import torch
 
-from evokernels.errors import EvokernelsError
+from evokernels.errors import WorkerError
 from evokernels.evolution.evaluator import Budget, Outcome, Trial, evaluate
 from evokernels.tasks import ImageData, get_task, load_images
 
-__all__ = ["Pool", "WorkerError", "open_pool"]
-
-
-class WorkerError(EvokernelsError, RuntimeError):
-    """A worker process ended in the middle of its work."""
+__all__ = ["Pool", "open_pool"]
 
 
 class InlineExecutor(concurrent.futures.Executor):

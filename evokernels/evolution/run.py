@@ -10,6 +10,7 @@ from typing import Any
 
 from evokernels import zoo
 from evokernels.compiler.canonical import canonical_key
+from evokernels.errors import SettingsError
 from evokernels.evolution import report
 from evokernels.evolution.comparison import Comparison
 from evokernels.evolution.evaluator import Budget, Outcome, Trial
@@ -17,7 +18,7 @@ from evokernels.evolution.history import Generation, Result, summarise
 from evokernels.evolution.journal import Entry, Journal, open_journal
 from evokernels.evolution.pool import Pool, open_pool
 from evokernels.genome import Genome
-from evokernels.search.genetic import GeneticConfig, GeneticSearch, Scored, SettingsError
+from evokernels.search.genetic import GeneticConfig, GeneticSearch, Scored
 from evokernels.tasks import get_task
 
 __all__ = ["RunResult", "RunSettings", "evolve"]

@@ -17,16 +17,12 @@ import dataclasses
 import random
 from collections.abc import Sequence
 
-from evokernels.errors import EvokernelsError
+from evokernels.errors import SettingsError
 from evokernels.genome import Genome
 from evokernels.search.operators import RATES, crossover, mutate, start_population
 from evokernels.search.score import Score
 
-__all__ = ["GeneticConfig", "GeneticSearch", "Scored", "SettingsError", "State"]
-
-
-class SettingsError(EvokernelsError, ValueError):
-    """A setting of a search or of a run is out of its range."""
+__all__ = ["GeneticConfig", "GeneticSearch", "Scored", "State"]
 
 
 @dataclasses.dataclass(frozen=True)
