@@ -1,0 +1,128 @@
+"""What the optimizer turns down, before anything is touched: options, parameters, moments."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import torch
+
+from evokernels.errors import OptimizerError
+from evokernels.genome import Genome
+from evokernels.kernels.memory import find_overlap, overlaps_itself
+from evokernels.kernels.plan import ARITHMETIC
+
+__all__ = [
+    "check_apart",
+    "check_genome",
+    "check_group",
+    "check_moment",
+    "check_parameter",
+    "nonnegative",
+]
+
+
+def check_genome(genome: Any) -> None:
+    """Raises OptimizerError for anything that is no genome."""
+    if not isinstance(genome, Genome):
+        raise OptimizerError(
+            f"genome must be an evokernels.Genome, got {type(genome).__name__}; "
+            "take one from evokernels.zoo or Genome.load(path)"
+        )
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Raises OptimizerError for options that no rule can work with."""
+    genome, total_steps = group["genome"], group["total_steps"]
+    check_genome(genome)
+    for name in ("lr", "eps", "weight_decay"):
+        nonnegative(name, group[name])
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise OptimizerError(f"betas must be two numbers in [0, 1), got {betas!r}")
+    for beta in betas:
+        nonnegative("betas", beta, below=1.0)
+    for name in ("amsgrad", "maximize"):  # of torch's Adam
+        if group.get(name):
+            raise OptimizerError(f"{name}=True asks for a rule that no genome has; set it to False")
+    if group.get("decoupled_weight_decay") is False and group["weight_decay"]:
+        raise OptimizerError(
+            "this is a state of torch.optim.Adam with weight_decay, which adds to the gradient; "
+            "genomes decay apart from it, as AdamW does: set weight_decay to 0 or use AdamW's state"
+        )
+    if genome.use_cosine_decay and total_steps is None:
+        raise OptimizerError(
+            "this genome decays its learning rate by cosine over the whole training; "
+            "say how long that is: FusedEvolvedOptimizer(params, genome, total_steps=...)"
+        )
+    is_whole = isinstance(total_steps, numbers.Integral) and not isinstance(total_steps, bool)
+    if total_steps is not None and not (is_whole and total_steps > 0):
+        raise OptimizerError(f"total_steps must be a positive whole number, got {total_steps!r}")
+
+
+def nonnegative(name: str, value: Any, below: float = math.inf) -> float:
+    """The value as a float in [0, `below`); raises OptimizerError naming the option."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):  # no number, or a tensor of several
+        number = math.nan
+    if not 0.0 <= number < below:
+        raise OptimizerError(f"{name} must lie in [0, {below:g}), got {value!r}")
+    return number
+
+
+def check_parameter(parameter: torch.Tensor) -> None:
+    """Raises OptimizerError for a parameter, or its gradient, that no kernel can update."""
+    what = f"a parameter of shape {tuple(parameter.shape)}"
+    if parameter.dtype not in ARITHMETIC:
+        allowed = ", ".join(str(dtype) for dtype in ARITHMETIC)
+        raise OptimizerError(f"{what} is {parameter.dtype}; parameters may be {allowed}")
+    if parameter.layout != torch.strided:
+        raise OptimizerError(f"{what} is {parameter.layout}; parameters must be dense tensors")
+    if parameter.is_meta:
+        raise OptimizerError(f"{what} is on the meta device; materialise the model first")
+    if parameter.is_neg():  # its memory holds the negated values
+        raise OptimizerError(f"{what} is a negated view; call .resolve_neg() before")
+    if overlaps_itself(parameter):
+        raise OptimizerError(
+            f"{what} and strides {parameter.stride()} has elements that share memory; "
+            "call .contiguous() before making it a parameter"
+        )
+    gradient = parameter.grad
+    if gradient is None:
+        return
+    if gradient.layout != torch.strided:
+        raise OptimizerError(
+            f"the gradient of {what} is {gradient.layout}; gradients must be dense: "
+            "build the embedding with sparse=False"
+        )
+    if (gradient.shape, gradient.dtype) != (parameter.shape, parameter.dtype):
+        raise OptimizerError(
+            f"{what} is {parameter.dtype}, its gradient {tuple(gradient.shape)} and "
+            f"{gradient.dtype}; both must be the same: call zero_grad() after giving a parameter "
+            "new data"
+        )
+
+
+def check_apart(parameters: list[torch.Tensor]) -> None:
+    """Raises OptimizerError if two parameters share memory."""
+    unique = dict.fromkeys(parameters)  # of duplicates torch warns
+    for device in {parameter.device for parameter in unique}:
+        shared = find_overlap(p for p in unique if p.device == device)
+        if shared:
+            shapes = " and ".join(str(tuple(parameter.shape)) for parameter in shared)
+            raise OptimizerError(
+                f"two parameters of shapes {shapes} share memory, so each would be updated twice; "
+                "tie weights by using one Parameter in both places"
+            )
+
+
+def check_moment(name: str, moment: Any, parameter: torch.Tensor) -> None:
+    """Raises OptimizerError for a moment that is not of the shape of its parameter."""
+    shape = tuple(moment.shape) if isinstance(moment, torch.Tensor) else type(moment).__name__
+    if shape != tuple(parameter.shape):
+        raise OptimizerError(
+            f"{name} of a parameter of shape {tuple(parameter.shape)} is {shape}; "
+            "the state belongs to another model"
+        )

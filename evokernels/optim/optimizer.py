@@ -1,0 +1,251 @@
+"""`FusedEvolvedOptimizer`: PyTorch's optimizer protocol around a genome; no arithmetic here."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim import optimizer as torch_optimizer
+
+from evokernels.compiler.lower import Rule, lower
+from evokernels.genome import Genome
+from evokernels.kernels.plan import ARITHMETIC, Backend, BoundTensor
+from evokernels.kernels.registry import select
+from evokernels.optim.binding import Binding, foundation
+from evokernels.optim.checks import (
+    check_apart,
+    check_genome,
+    check_group,
+    check_moment,
+    check_parameter,
+)
+
+__all__ = ["FusedEvolvedOptimizer"]
+
+# Names of the moments in `state`: torch's own, so that Adam's state can be read.
+_STATE_NAMES = {"m": "exp_avg", "v": "exp_avg_sq"}
+
+
+class FusedEvolvedOptimizer(torch.optim.Optimizer):
+    """Trains with the update rule of a genome; stands where ``torch.optim.AdamW`` stood.
+
+    One native call updates all parameters; each is read and written once. Parameters may be
+    float32, float64, bfloat16 or float16, dense or strided, on any device (beyond the CPU: with
+    torch operations). Arithmetic and moments are float32, float64 for float64 parameters.
+
+    Each group has ``genome``, ``lr``, ``betas``, ``eps``, ``weight_decay`` and ``total_steps``.
+    They come from the genome where a group does not give its own; learning-rate schedulers change
+    ``lr``, on which the genome's own warmup and cosine then act.
+
+    State of each parameter, from its first gradient on: ``step`` (float64, 0-d: the steps in which
+    it had a gradient), and as far as the rule reads them ``exp_avg`` and ``exp_avg_sq`` (moments,
+    of its shape).
+
+    Args:
+        params: parameters, (name, parameter) pairs or groups, as for every torch optimizer.
+        genome: the update rule.
+        total_steps: length of the training in steps; needed where the genome decays by cosine.
+        backend: "auto", or the name of one; see `evokernels.explain`.
+
+    Raises:
+        OptimizerError: options or parameters that it cannot use.
+        BackendError: the backend asked for cannot run.
+
+    Source of the update rule: M. Marfinetz, "Evolutionary Optimizer Discovery", 2025, section 2.1.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        genome: Genome,
+        *,
+        total_steps: int | None = None,
+        backend: str = "auto",
+    ) -> None:
+        check_genome(genome)
+        self._backend = backend
+        self._binding: Binding | None = None
+        super().__init__(params, {**_group_options(genome), "total_steps": total_steps})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; options that the group leaves out come from its genome."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
+        genome = param_group.get("genome", self.defaults["genome"])
+        check_genome(genome)
+        super().add_param_group({**_group_options(genome), **param_group})
+        try:
+            check_group(self.param_groups[-1])
+            for parameter in self.param_groups[-1]["params"]:
+                check_parameter(parameter)
+                _select(lower(genome), parameter, self._backend)
+            check_apart([p for group in self.param_groups for p in group["params"]])
+        except Exception:
+            del self.param_groups[-1]
+            raise
+        self._binding = None
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """Torch's wrapper of `step`, passed by where no hook and no profiler would notice.
+
+        It costs as much as updating 100,000 parameters.
+        """
+        wrapped = torch.optim.Optimizer.profile_hook_step(func)
+
+        @functools.wraps(func)
+        def step(self: FusedEvolvedOptimizer, *args: Any, **kwargs: Any) -> Any:
+            noticed = (
+                torch.autograd._profiler_enabled()
+                or self._optimizer_step_pre_hooks
+                or self._optimizer_step_post_hooks
+                or torch_optimizer._global_optimizer_pre_hooks
+                or torch_optimizer._global_optimizer_post_hooks
+            )
+            return (wrapped if noticed else func)(self, *args, **kwargs)
+
+        return step
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss and its gradients again; its value is returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._binding is None or not self._binding.is_current(self.param_groups, self.state):
+            self._binding = self._bind()
+        self._binding.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state in plain values and tensors; genomes as dicts."""
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            group["genome"] = group["genome"].to_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of `state_dict`: genome, options, moments and step counts, lossless."""
+        # the last hook to run, so that it sees what those of the user have made of the state
+        prepare = self.register_load_state_dict_pre_hook(_prepare_to_load)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            prepare.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._binding = None
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            for name, value in self.state.get(parameter, {}).items():
+                if isinstance(value, _Uncast):
+                    self.state[parameter][name] = value.tensor.to(
+                        parameter.device, ARITHMETIC[parameter.dtype], copy=True
+                    )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's list leaves out what a subclass adds; the binding points into memory
+        return {**super().__getstate__(), "_backend": self._backend}
+
+    def _bind(self) -> Binding:
+        bound, groups, waiting, backends, steps = [], [], [], [], []
+        for group in self.param_groups:
+            check_group(group)
+            rule = lower(group["genome"])
+            for parameter in dict.fromkeys(group["params"]):  # of duplicates torch warns
+                state = self.state.get(parameter, {})
+                if parameter.grad is None and not state:
+                    waiting.append(parameter)
+                    continue
+                check_parameter(parameter)
+                bound.append(BoundTensor(rule.program, parameter, _moments(rule, parameter, state)))
+                groups.append(group)
+                backends.append(_select(rule, parameter, self._backend))
+                steps.append(float(state.get("step", 0.0)))
+        check_apart([b.parameter for b in bound])
+        # nothing has changed up to here, and nothing fails from here on
+        all_steps = torch.tensor(steps, dtype=torch.float64)
+        for b, step in zip(bound, all_steps, strict=True):
+            moments = {_STATE_NAMES[name]: moment for name, moment in b.moments.items()}
+            self.state[b.parameter].update(step=step, **moments)
+        return Binding(
+            bound, groups, waiting, backends, all_steps, foundation(self.param_groups, self.state)
+        )
+
+
+@dataclass(frozen=True)
+class _Uncast:
+    """A moment on its way through torch's load_state_dict.
+
+    Torch casts every tensor of the state to the dtype of its parameter; moments of a 16-bit
+    parameter would lose half their digits.
+    """
+
+    tensor: torch.Tensor
+
+
+def _prepare_to_load(
+    optimizer: FusedEvolvedOptimizer, state_dict: dict[str, Any]
+) -> dict[str, Any]:
+    """What `load_state_dict` hands to torch: complete groups, moments out of reach of its cast."""
+    groups, state = [], dict(state_dict["state"])
+    for ours, theirs in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
+        group = {**ours, **theirs}  # a state of torch's Adam brings no genome
+        if isinstance(group["genome"], dict):
+            group["genome"] = Genome.from_dict(group["genome"])
+        check_group(group)
+        groups.append(group)
+        for parameter, i in zip(ours["params"], theirs["params"], strict=False):
+            moments = {n: state[i][n] for n in _STATE_NAMES.values() if n in state.get(i, {})}
+            for name, moment in moments.items():
+                check_moment(name, moment, parameter)
+            if moments:
+                state[i] = {**state[i], **{n: _Uncast(moment) for n, moment in moments.items()}}
+    groups += state_dict["param_groups"][len(groups) :]  # too many: torch's error says so
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _moments(rule: Rule, parameter: torch.Tensor, state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The moments that a rule keeps of a parameter, zero where there are none yet."""
+    arithmetic = ARITHMETIC[parameter.dtype]
+    moments = {}
+    for moment in rule.program.state:
+        name = _STATE_NAMES[moment]
+        if name in state:
+            check_moment(name, state[name], parameter)
+            moments[moment] = state[name].to(parameter.device, arithmetic)
+        else:
+            moments[moment] = torch.zeros_like(
+                parameter, dtype=arithmetic, memory_format=torch.preserve_format
+            )
+    return moments
+
+
+def _select(rule: Rule, parameter: torch.Tensor, backend: str) -> Backend:
+    selection = select(rule.program, parameter.device, parameter.dtype, backend)
+    if selection.rejected:  # only "auto" gets past a rejection
+        reasons = "; ".join(f"{name}: {why}" for name, why in selection.rejected.items())
+        warnings.warn(
+            f"updating with the slow {selection.backend.name!r} backend ({reasons})",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return selection.backend
+
+
+def _group_options(genome: Genome) -> dict[str, Any]:
+    return {
+        "genome": genome,
+        "lr": genome.lr,
+        "betas": (genome.beta1, genome.beta2),
+        "eps": genome.eps,
+        "weight_decay": genome.weight_decay,
+    }
