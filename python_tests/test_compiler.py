@@ -46,6 +46,7 @@ g, m, v, eps, beta1, bias1, bias2 = (
         ((g + m) / (sqrt(v) + eps), "g / (sqrt(v) + eps) + m / (sqrt(v) + eps)"),
         (2.0 * (g / (abs(g) + eps)) - g / (abs(g) + eps), "g / (|g| + eps)"),
         (g / (beta1 + 1.0), "1 / (1 + beta1) * g"),
+        (g / (4.0 * bias1), "0.25 / bias1 * g"),
         (sign(g * 1.0) * eps, "eps * sign(g)"),
         (clamp(g, -eps, eps), "min(eps, max(-1 * eps, g))"),
         (g * m, "g * m"),
