@@ -2,6 +2,8 @@
 #
 #   make evolve   set up, then evolve optimizers on real images (no network needed after set-up)
 #   make test     set up, then run all tests
+#
+# make bench times one update, side by side with torch's optimizers.
 
 PYTHON ?= python3
 VENV := .venv
@@ -32,7 +34,7 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 
 bench: setup
-	$(RUN) -m pytest bench/microbench.py
+	$(RUN) bench/microbench.py
 
 clean:
 	rm -rf build *.egg-info evokernels/kernels/libevokernels.so $(VENV)
