@@ -171,12 +171,18 @@ def table() -> str:
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for contestant in CONTESTANTS:
         cells = []
-        for medians in MEDIANS.values():
-            pairs = zip(medians[REFERENCE], medians[contestant], strict=True)
-            ratio = statistics.median(theirs / this for theirs, this in pairs)
-            cells.append(f"{_duration(statistics.median(medians[contestant]))} ({ratio:.3g}x)")
+        for case, medians in MEDIANS.items():
+            median = _duration(statistics.median(medians[contestant]))
+            cells.append(f"{median} ({ratio(case, REFERENCE, contestant):.3g}x)")
         lines.append(f"| {contestant} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    source = (f"{ratio(case, 'source eager', 'ours'):.3g}x" for case in MEDIANS)
+    return "\n".join([*lines, f"| source eager / ours | {' | '.join(source)} |"])
+
+
+def ratio(case: str, one: str, other: str) -> float:
+    """How many times longer one contestant takes than another: the median over the passes."""
+    pairs = zip(MEDIANS[case][one], MEDIANS[case][other], strict=True)
+    return statistics.median(a / b for a, b in pairs)
 
 
 def _duration(seconds: float) -> str:

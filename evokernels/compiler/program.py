@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,16 @@ class Program:
         """Names of the per-element inputs."""
         return ("p", "g", *self.state)
 
+    @functools.cached_property
+    def last_reads(self) -> tuple[frozenset[str], ...]:
+        """For each line the values that it is the last to read."""
+        kept = {value for _, value in self.results}
+        reads = []
+        for line in reversed(self.lines):
+            reads.append(frozenset(line.args) - kept)
+            kept |= reads[-1]
+        return tuple(reversed(reads))
+
     def verify(self) -> Program:
         """Itself, if it is well formed; the error of the compiler otherwise names the line."""
         known = {*self.inputs, *(f"k{i}" for i in range(len(self.scalars)))}
@@ -77,6 +88,8 @@ def interpret(
     """
     values = dict(inputs)
     values.update((f"k{i}", number) for i, number in enumerate(scalars))
-    for line in program.lines:
+    for line, done in zip(program.lines, program.last_reads, strict=True):
         values[line.target] = meanings[line.op](*(values[arg] for arg in line.args))
+        for name in done:  # memory for the next line
+            del values[name]
     return {name: values[value] for name, value in program.results}
