@@ -171,6 +171,25 @@ def test_gradient_layout_may_change_between_steps():
     assert torch.equal(contiguous, changing)
 
 
+def test_a_failed_step_leaves_no_layout_behind():
+    start, g = torch.randn(2, 40, 30), torch.randn(40, 30)
+    expected = [p.clone().requires_grad_() for p in start]
+    train(zoo.adam, expected, [[g, g]] * 2, "cpu")
+
+    parameters = [p.clone().requires_grad_() for p in start]
+    optimizer = train(zoo.adam, parameters, [[g, g]], "cpu")
+    parameters[0].grad = g.t().contiguous().t()
+    parameters[1].grad = (
+        torch.complex(g, g).conj().imag
+    )  # turned down after the first was looked at
+    with pytest.raises(OptimizerError, match="negated"):
+        optimizer.step()
+    for parameter in parameters:
+        parameter.grad = g
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(parameters, expected, strict=True))
+
+
 def test_the_result_does_not_depend_on_the_number_of_threads():
     sizes = [1, 63, 4097, 70_001, 131_072, 5]
     results = []

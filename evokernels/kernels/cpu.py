@@ -55,6 +55,7 @@ class _CpuPlan:
         self._records = (native.TensorRecord * count)(*map(_record, tensors))
         self._layouts: list[_Layout | None] = [None] * count
         self._gradient_keys: list[tuple | None] = [None] * count
+        self._updated: list[torch.Tensor] = []  # parameters that have a gradient
         self._gradients = (ctypes.c_void_p * count)()
         self._rows = (ctypes.c_int32 * count)()
 
@@ -75,9 +76,7 @@ class _CpuPlan:
         self._scalars = (ctypes.POINTER(ctypes.c_double) * len(scalars))(*scalars)
         self.launch()
         # autograd does not see writes through pointers: tell it, as in-place operations do
-        torch.autograd.graph.increment_version(
-            [b.parameter for b, g in zip(self._tensors, gradients, strict=True) if g is not None]
-        )
+        torch.autograd.graph.increment_version(self._updated)
 
     def launch(self) -> None:
         """The native call alone, with the gradients and numbers of the last run."""
@@ -92,8 +91,10 @@ class _CpuPlan:
 
     def _adapt(self, gradients: Sequence[torch.Tensor | None], keys: list[tuple | None]) -> None:
         """Choose the flat or the strided path of each tensor for gradients as they lie now."""
+        known = self._gradient_keys
+        self._gradient_keys = [None] * len(keys)  # an error below leaves nothing half known
         for i, (bound, gradient) in enumerate(zip(self._tensors, gradients, strict=True)):
-            if gradient is None or keys[i] == self._gradient_keys[i]:
+            if gradient is None or keys[i] == known[i]:
                 continue
             parameter = bound.parameter
             if keys[i][1:] != (parameter.shape, parameter.dtype, False):
@@ -107,6 +108,9 @@ class _CpuPlan:
             self._layouts[i] = None if flat else _Layout(bound, gradient)
             self._records[i].layout = None if flat else self._layouts[i].pointer
         self._gradient_keys = keys
+        self._updated = [
+            bound.parameter for bound, key in zip(self._tensors, keys, strict=True) if key
+        ]
 
 
 class _Layout:

@@ -73,7 +73,8 @@ class Binding:
         if present != self._present or self._counts.tobytes() != self._counted:
             self._present = present
             self._rows = []  # tensors with gradients in the same steps keep counting alike
-        self._counts += present
+        counted = 1.0 if all(present) else present  # a number costs a fifth of a list
+        self._counts += counted
         try:
             if not self._rows:
                 self._assign_rows()
@@ -81,7 +82,7 @@ class Binding:
             for plan, members in self.plans:
                 plan.run([gradients[i] for i in members], [self._rows[i] for i in members], numbers)
         except Exception:
-            self._counts -= present
+            self._counts -= counted
             raise
         self._counted = self._counts.tobytes()
 
