@@ -24,7 +24,7 @@ import pytest
 import torch
 from eager import eager_update
 
-from evokernels import FusedEvolvedOptimizer, zoo
+from evokernels import FusedEvolvedOptimizer, Genome, zoo
 from evokernels.tasks import CifarCNN, SmallCNN
 
 GENOME = zoo.evolved_2025
@@ -59,7 +59,7 @@ class Contestant:
         self.step: Callable[[], object]
 
 
-def ours(shapes: list[torch.Size], genome: object = GENOME, backend: str = "cpu") -> Contestant:
+def ours(shapes: list[torch.Size], genome: Genome = GENOME, backend: str = "cpu") -> Contestant:
     """The whole ``step()`` of our optimizer, as its user calls it."""
     contestant = Contestant(shapes)
     optimizer = FusedEvolvedOptimizer(

@@ -108,7 +108,7 @@ void evk_step(const evk_tensor *tensors, const void *const *gradients,
 }
 
 const char *evk_instruction_set(void) {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#ifdef EVK_DISPATCH
     if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4";
     if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3";
     return "x86-64";

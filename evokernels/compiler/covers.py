@@ -44,8 +44,7 @@ def _cover(with_m: bool, with_v: bool, with_abs: bool) -> Cover:
     linear_terms = terms.g + terms.m if with_m else terms.g
     update: Expr = terms.DECAY + sign(terms.g) + linear_terms
     if with_v:
-        # the symbols only make both numbers of a denominator scalars of the program
-        update = update + linear_terms / (terms.bias2 * sqrt(terms.v) + terms.eps)
+        update = update + linear_terms / (sqrt(terms.v) + terms.eps)
     if with_abs:
         update = update + linear_terms / (abs(terms.g) + terms.eps)
     program, _ = assemble(linear(update), clipping=True)

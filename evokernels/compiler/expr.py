@@ -136,7 +136,7 @@ def compiled(*exprs: Expr) -> Callable[..., list[Any]]:
     """One Python function for all expressions: symbols by keyword, a list of values back.
 
     Written out as text and compiled: an optimizer calls it every step, and a tree of closures
-    costs three times as much.
+    costs twice as much.
     """
     symbols = sorted({symbol.name for expr in exprs for symbol in symbols_of(expr)})
     values = ", ".join(map(_python, exprs))

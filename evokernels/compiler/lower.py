@@ -30,7 +30,7 @@ from evokernels.compiler.linear import ONE, Linear, coefficient_expr, linear
 from evokernels.compiler.program import Line, Program
 from evokernels.genome import Genome
 
-__all__ = ["Rule", "assemble", "lower", "update_form", "weighted_terms"]
+__all__ = ["Rule", "assemble", "lower", "weighted_terms"]
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,12 @@ class Rule:
     """A genome, compiled as far as it goes without a machine.
 
     Attributes:
-        update: what is subtracted from the parameter, learning rate included, as a linear form.
         program: the structure; genomes that differ in numbers only share it.
         formulas: the scalar formula of each of ``program.scalars``, over ``lr``,
             ``weight_decay``, ``beta1``, ``beta2``, ``bias1``, ``bias2``, ``eps``, ``clip``.
     """
 
     genome: Genome
-    update: Linear
     program: Program
     formulas: tuple[Expr, ...]
 
@@ -59,17 +57,10 @@ class Rule:
 @functools.lru_cache(maxsize=4096)
 def lower(genome: Genome) -> Rule:
     """Compile a genome into its rule."""
-    update = update_form(genome)
-    program, formulas = assemble(update, clipping=genome.use_gradient_clipping)
-    return Rule(genome, update, program, formulas)
-
-
-def update_form(genome: Genome) -> Linear:
-    """Passes 1 to 3: the update of a genome in linear form."""
     corrected = {terms.m: terms.CORRECTED_M, terms.v: terms.CORRECTED_V}
-    return linear(
-        terms.lr * weighted_terms(genome, corrected if genome.use_bias_correction else {})
-    )
+    moments = corrected if genome.use_bias_correction else {}
+    update = linear(terms.lr * weighted_terms(genome, moments))
+    return Rule(genome, *assemble(update, clipping=genome.use_gradient_clipping))
 
 
 def weighted_terms(genome: Genome, moments: Mapping[Symbol, Expr]) -> Expr:

@@ -37,7 +37,7 @@ class CpuBackend:
 
     def kernel(self, program: Program, dtype: torch.dtype) -> str:
         """Name and instruction set."""
-        return f"{cover_symbol(find_cover(program), _name(dtype))} ({native.instruction_set()})"
+        return f"{_symbol(program, dtype)} ({native.instruction_set()})"
 
     def bind(self, tensors: Sequence[BoundTensor]) -> _CpuPlan:
         """A plan over these tensors."""
@@ -133,9 +133,7 @@ class _Layout:
 def _record(bound: BoundTensor) -> native.TensorRecord:
     parameter, moments = bound.parameter, bound.moments
     return native.TensorRecord(
-        kernel=native.kernel_address(
-            cover_symbol(find_cover(bound.program), _name(parameter.dtype))
-        ),
+        kernel=native.kernel_address(_symbol(bound.program, parameter.dtype)),
         p=parameter.data_ptr(),
         m=moments["m"].data_ptr() if "m" in moments else None,
         v=moments["v"].data_ptr() if "v" in moments else None,
@@ -161,5 +159,6 @@ def _arrangement(program: Program) -> Callable[[Sequence[float]], ctypes.Array]:
     return arranged
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _symbol(program: Program, dtype: torch.dtype) -> str:
+    """The name of the kernel in the native library."""
+    return cover_symbol(find_cover(program), str(dtype).removeprefix("torch."))
