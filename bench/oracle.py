@@ -16,7 +16,10 @@ from evokernels.compiler.evaluate import reference_step
 from evokernels.kernels.plan import ARITHMETIC
 from evokernels.schedule import learning_rate_factor
 
-__all__ = ["DTYPES", "SHAPES", "assert_near", "eager_steps", "exact_steps", "random_genome"]
+__all__ = [
+    *("DTYPES", "SHAPES", "assert_near", "eager_step", "eager_steps", "exact_step"),
+    *("exact_steps", "precise", "random_genome"),
+]
 
 SHAPES = [(), (0,), (1,), (63,), (1000,), (17, 241)]  # the last: 4097 elements
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -46,51 +49,61 @@ def random_genome(seed: int) -> Genome:
 
 
 def exact_steps(
-    genome: Genome,
-    start: torch.Tensor,
-    gradients: Sequence[torch.Tensor | None],
-    total_steps: int,
-    *,
-    maximize: bool = False,
+    genome: Genome, start: torch.Tensor, gradients: Sequence[torch.Tensor], total_steps: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Parameter and moments after these gradients, more exactly than the dtype of `start` can be.
-
-    A step without a gradient does not count.
-    """
-    precise = np.longdouble if start.dtype == torch.float64 else np.float64
-    p = start.double().numpy().astype(precise)
+    """Parameter and moments after these gradients, without any rounding that would show."""
+    p = precise(start)
     m, v = np.zeros_like(p), np.zeros_like(p)
-    for s, gradient in enumerate(g for g in gradients if g is not None):
-        factor = learning_rate_factor(genome, s, total_steps)
-        g = gradient.double().numpy().astype(precise)
-        p, m, v = reference_step(genome, p, -g if maximize else g, m, v, s + 1, factor)
+    for t, g in enumerate(gradients, start=1):
+        p, m, v = exact_step(genome, p, precise(g), m, v, t, total_steps)
     return p, m, v
+
+
+def exact_step(
+    genome: Genome,
+    p: np.ndarray,
+    g: np.ndarray,
+    m: np.ndarray,
+    v: np.ndarray,
+    t: int,
+    total_steps: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Parameter and moments after step `t` (from 1), on the schedule of the genome."""
+    return reference_step(genome, p, g, m, v, t, learning_rate_factor(genome, t - 1, total_steps))
+
+
+def precise(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor as an array of more digits than its dtype has."""
+    wider = np.longdouble if tensor.dtype == torch.float64 else np.float64
+    return tensor.double().numpy().astype(wider)
 
 
 def eager_steps(
-    genome: Genome,
-    start: torch.Tensor,
-    gradients: Sequence[torch.Tensor | None],
-    total_steps: int,
-    *,
-    maximize: bool = False,
-    state_dtype: torch.dtype | None = None,
+    genome: Genome, start: torch.Tensor, gradients: Sequence[torch.Tensor], total_steps: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same as the source system does it, in the arithmetic of the dtype of `start`.
-
-    Parameter and moments are rounded where a step stores them.
-    """
-    arithmetic = ARITHMETIC[start.dtype]
-    kept = state_dtype or arithmetic
-    p, m = start.clone(), torch.zeros_like(start, dtype=kept)
-    v = m.clone()
-    for s, gradient in enumerate(g for g in gradients if g is not None):
-        lr = genome.lr * learning_rate_factor(genome, s, total_steps)
-        g = gradient.to(arithmetic)
-        working = [tensor.to(arithmetic, copy=True) for tensor in (p, m, v)]
-        eager_update(genome, working[0], -g if maximize else g, *working[1:], s + 1, lr)
-        p, m, v = working[0].to(start.dtype), working[1].to(kept), working[2].to(kept)
+    """The same as `exact_steps`, as the source system does it."""
+    p, m = start, torch.zeros_like(start, dtype=ARITHMETIC[start.dtype])
+    v = m
+    for t, g in enumerate(gradients, start=1):
+        p, m, v = eager_step(genome, p, g, m, v, t, total_steps)
     return p, m, v
+
+
+def eager_step(
+    genome: Genome,
+    p: torch.Tensor,
+    g: torch.Tensor,
+    m: torch.Tensor,
+    v: torch.Tensor,
+    t: int,
+    total_steps: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same as `exact_step`, in the arithmetic of the dtype, rounded where a step stores it."""
+    arithmetic = ARITHMETIC[p.dtype]
+    lr = genome.lr * learning_rate_factor(genome, t - 1, total_steps)
+    new_p, new_m, new_v = (tensor.to(arithmetic, copy=True) for tensor in (p, m, v))
+    eager_update(genome, new_p, g.to(arithmetic), new_m, new_v, t, lr)
+    return new_p.to(p.dtype), new_m.to(m.dtype), new_v.to(v.dtype)
 
 
 def assert_near(
