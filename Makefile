@@ -3,7 +3,8 @@
 #   make evolve   set up, then evolve optimizers on real images (no network needed after set-up)
 #   make test     set up, then run all tests
 #
-# make bench times one update, side by side with torch's optimizers.
+# make bench times one update, side by side with torch's optimizers, and measures its memory;
+# make fuzz holds 100,000 random optimizers against the definition.
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +14,7 @@ RUN := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml requirements.txt $(wildcard csrc/*) \
 	$(wildcard evokernels/compiler/*.py)
 
-.PHONY: setup evolve test lint bench clean
+.PHONY: setup evolve test lint bench fuzz clean
 
 setup: $(VENV)/.done
 
@@ -34,7 +35,11 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 
 bench: setup
-	$(RUN) bench/microbench.py
+	$(RUN) bench/microbench.py --plot bench/results/microbench.png
+	$(RUN) bench/memory.py
+
+fuzz: setup
+	$(RUN) bench/fuzz.py --count 100000
 
 clean:
 	rm -rf build *.egg-info evokernels/kernels/libevokernels.so $(VENV)

@@ -168,7 +168,8 @@ class Rule:
         values = torch.randn(own, generator=self._values)
         # away from zero: with beta2 = 0, m / sqrt(v) near it would leave the range of float16, and
         # the luck of a single rounding would decide whether the largest error is twice another
-        values = (values + 0.25 * values.sign()).mul_(scale).to(self._dtype)
+        values += torch.full(own, 0.25).copysign(values)
+        values = values.mul_(scale).to(self._dtype)
         alike = r.random() < 0.4 and not any(repeated)
         strides = parameter.stride() if alike else arrangement(r, own)
         return Placed(r, values, strides, shape)
