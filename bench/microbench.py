@@ -262,11 +262,9 @@ def accuracy() -> str:
         optimizer = make([parameter])
         for parameter.grad in gradients:
             optimizer.step()
-        missed = np.linalg.norm(precise(parameter.detach()) - p) / np.linalg.norm(
-            precise(start) - p
-        )
-        second = optimizer.state[parameter]["exp_avg_sq"]
-        return f"{missed:.2%}, {np.linalg.norm(precise(second) - v) / np.linalg.norm(v):.2g}"
+        second = precise(optimizer.state[parameter]["exp_avg_sq"])
+        missed = norm(precise(parameter.detach()) - p) / norm(p - precise(start))
+        return f"{missed:.2%}, {norm(second - v) / norm(v):.2g}"
 
     mine = errors(lambda parameters: FusedEvolvedOptimizer(parameters, zoo.adamw))
     theirs = errors(
