@@ -43,7 +43,7 @@ class BuildKernels(build_ext):
 
 native = Extension(
     "evokernels.kernels.libevokernels",
-    sources=["csrc/runtime.c"],
+    sources=["csrc/runtime.c", "csrc/look.c"],
     depends=sorted(glob.glob("csrc/*.h") + glob.glob("evokernels/compiler/*.py")),
     include_dirs=["csrc"],
     libraries=["m"],

@@ -39,12 +39,12 @@ class CpuBackend:
         """Name and instruction set."""
         return f"{_symbol(program, dtype)} ({native.instruction_set()})"
 
-    def bind(self, tensors: Sequence[BoundTensor]) -> _CpuPlan:
+    def bind(self, tensors: Sequence[BoundTensor]) -> CpuPlan:
         """A plan over these tensors."""
-        return _CpuPlan(tensors)
+        return CpuPlan(tensors)
 
 
-class _CpuPlan:
+class CpuPlan:
     """Static pointers of all tensors in one table; only gradients and numbers change."""
 
     def __init__(self, tensors: Sequence[BoundTensor]) -> None:
@@ -56,7 +56,7 @@ class _CpuPlan:
         self._layouts: list[_Layout | None] = [None] * count
         self._gradient_keys: list[tuple | None] = [None] * count
         self._updated: list[torch.Tensor] = []  # parameters that have a gradient
-        self._gradients = (ctypes.c_void_p * count)()
+        self.addresses = (ctypes.c_void_p * count)()
         self._rows = (ctypes.c_int32 * count)()
 
     def run(
@@ -64,25 +64,31 @@ class _CpuPlan:
         gradients: Sequence[torch.Tensor | None],
         rows: Sequence[int],
         numbers: Sequence[Numbers],
+        clear=False,
     ) -> None:
         keys = [
             None if g is None else (g.stride(), g.shape, g.dtype, g.is_neg()) for g in gradients
         ]
         if keys != self._gradient_keys:
             self._adapt(gradients, keys)
-        self._gradients[:] = [None if g is None else g.data_ptr() for g in gradients]
+        self.addresses[:] = [None if g is None else g.data_ptr() for g in gradients]
         self._rows[:] = rows
+        self.relaunch(numbers, clear)
+        # autograd does not see writes through pointers: tell it, as in-place operations do
+        torch.autograd.graph.increment_version(self._updated)
+
+    def squares(self): return 0.0
+
+    def relaunch(self, numbers, clear=False):
         scalars = [self._arrangements[id(row.program)](row.values) for row in numbers]
         self._scalars = (ctypes.POINTER(ctypes.c_double) * len(scalars))(*scalars)
         self.launch()
-        # autograd does not see writes through pointers: tell it, as in-place operations do
-        torch.autograd.graph.increment_version(self._updated)
 
     def launch(self) -> None:
         """The native call alone, with the gradients and numbers of the last run."""
         native.library().evk_step(
             self._records,
-            self._gradients,
+            self.addresses,
             self._scalars,
             self._rows,
             len(self._records),

@@ -79,6 +79,7 @@ class _EagerPlan:
         gradients: Sequence[torch.Tensor | None],
         rows: Sequence[int],
         numbers: Sequence[Numbers],
+        clear=False,
     ) -> None:
         for bound, gradient, row in zip(self._tensors, gradients, rows, strict=True):
             if gradient is None:

@@ -10,7 +10,14 @@ import torch  # noqa: F401  first, so that the library shares torch's OpenMP run
 
 from evokernels.errors import BackendError
 
-__all__ = ["Layout", "TensorRecord", "instruction_set", "kernel_address", "library"]
+__all__ = [
+    "Layout",
+    "TensorRecord",
+    "instruction_set",
+    "kernel_address",
+    "library",
+    "library_with_lock",
+]
 
 PATH = pathlib.Path(__file__).with_name("libevokernels.so")
 
@@ -60,6 +67,20 @@ def library() -> ctypes.CDLL:
         ctypes.c_int32,
     )
     native.evk_instruction_set.restype = ctypes.c_char_p
+    return native
+
+
+@functools.cache
+def library_with_lock() -> ctypes.PyDLL:
+    """The same, for functions that need the interpreter lock: csrc/look.h."""
+    library()
+    native = ctypes.PyDLL(str(PATH))
+    native.evk_look.restype = ctypes.c_int32
+    native.evk_look.argtypes = (
+        *(ctypes.c_void_p, ctypes.py_object, ctypes.py_object, ctypes.c_void_p),
+    )
+    native.evk_commit.restype = None
+    native.evk_commit.argtypes = (ctypes.c_void_p, ctypes.c_int32)
     return native
 
 

@@ -22,12 +22,19 @@ ARITHMETIC = {
 
 
 @dataclass(frozen=True)
+class Rounding:
+    seed: int
+    position: int
+
+
+@dataclass(frozen=True)
 class BoundTensor:
     """A parameter, its moments by the name the program gives them, and the program itself."""
 
     program: Program
     parameter: torch.Tensor
     moments: dict[str, torch.Tensor]
+    rounding: Rounding | None = None
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,7 @@ class Numbers:
 
     program: Program
     values: Sequence[float]
+    t: int
 
 
 class Plan(Protocol):

@@ -43,9 +43,8 @@ def check_group(group: dict[str, Any]) -> None:
         raise OptimizerError(f"betas must be two numbers in [0, 1), got {betas!r}")
     for beta in betas:
         nonnegative("betas", beta, below=1.0)
-    for name in ("amsgrad", "maximize"):  # of torch's Adam
-        if group.get(name):
-            raise OptimizerError(f"{name}=True asks for a rule that no genome has; set it to False")
+    if group.get("amsgrad"):  # of torch's Adam
+        raise OptimizerError("amsgrad=True asks for a rule that no genome has; set it to False")
     if group.get("decoupled_weight_decay") is False and group["weight_decay"]:
         raise OptimizerError(
             "this is a state of torch.optim.Adam with weight_decay, which adds to the gradient; "
@@ -56,9 +55,18 @@ def check_group(group: dict[str, Any]) -> None:
             "this genome decays its learning rate by cosine over the whole training; "
             "say how long that is: FusedEvolvedOptimizer(params, genome, total_steps=...)"
         )
-    is_whole = isinstance(total_steps, numbers.Integral) and not isinstance(total_steps, bool)
-    if total_steps is not None and not (is_whole and total_steps > 0):
+    if total_steps is not None and not (_is_whole(total_steps) and total_steps > 0):
         raise OptimizerError(f"total_steps must be a positive whole number, got {total_steps!r}")
+    for name in ("maximize", "stochastic_rounding"):
+        if not isinstance(group[name], bool):
+            raise OptimizerError(f"{name} must be True or False, got {group[name]!r}")
+    if group["state_dtype"] not in (None, torch.float32, torch.bfloat16):
+        raise OptimizerError(
+            "state_dtype must be None, torch.float32 or torch.bfloat16, "
+            f"got {group['state_dtype']!r}; None keeps the dtype of the arithmetic"
+        )
+    if not _is_whole(group["seed"]) or not 0 <= group["seed"] < 2**64:
+        raise OptimizerError(f"seed must be a whole number in [0, 2^64), got {group['seed']!r}")
 
 
 def nonnegative(name: str, value: Any, below: float = math.inf) -> float:
@@ -126,3 +134,8 @@ def check_moment(name: str, moment: Any, parameter: torch.Tensor) -> None:
             f"{name} of a parameter of shape {tuple(parameter.shape)} is {shape}; "
             "the state belongs to another model"
         )
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether a value is an integer, and no bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
