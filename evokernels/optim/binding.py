@@ -114,7 +114,7 @@ class Binding:
             clip=genome.clip_value,
             t=t,
         )
-        return Numbers(rule.program, rule.numbers(**values))
+        return Numbers(rule.program, rule.numbers(**values), t)
 
 
 def foundation(groups: list[dict[str, Any]], state: Mapping[Any, Any]) -> list[Any]:
