@@ -16,8 +16,8 @@ EVK_CLONES void adam(void *p_tensor, const void *g_tensor, void *m_tensor,
     for (int64_t i = 0; i < n; ++i) {
         const float p = load_float32(p_[i]);
         const float g = load_float32(g_[i]);
-        const float m = m_[i];
-        const float v = v_[i];
+        const float m = load_float32(m_[i]);
+        const float v = load_float32(v_[i]);
         const float t0 = k0 * g;
         const float t1 = k2 * m;
         const float t2 = fmaf(k1, t0, t1);
@@ -32,7 +32,7 @@ EVK_CLONES void adam(void *p_tensor, const void *g_tensor, void *m_tensor,
         const float t11 = t6 + t10;
         const float t12 = p - t11;
         p_[i] = store_float32(t12);
-        m_[i] = t2;
-        v_[i] = t5;
+        m_[i] = store_float32(t2);
+        v_[i] = store_float32(t5);
     }
 }
