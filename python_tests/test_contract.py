@@ -29,7 +29,8 @@ from contract import (
     trained_by_torch,
 )
 from torch import nn
-from torch.optim import lr_scheduler, optimizer as torch_optimizer
+from torch.optim import lr_scheduler
+from torch.optim import optimizer as torch_optimizer
 from torch.testing._internal import common_optimizers as torch_inputs
 
 from evokernels import FusedEvolvedOptimizer, Genome, zoo
