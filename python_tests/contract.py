@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import math
@@ -18,7 +19,10 @@ from evokernels.compiler.evaluate import reference_step
 from evokernels.kernels.plan import ARITHMETIC
 from evokernels.schedule import learning_rate_factor
 
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
 TOTAL_STEPS = 7
+SHAPES = [(17, 9), (33,), (), (0,), (1,)]
 
 PRESETS = {
     "sgd": Genome(term_types=["GRAD"], lr_log10=-2, wd_log10=-math.inf),
@@ -30,6 +34,19 @@ PRESETS = {
     # the published warmup is longer than these tests train
     "evolved_2025": dataclasses.replace(zoo.evolved_2025, warmup_steps=3),
 }
+
+# Everything that a step can depend on.
+RICH = Genome(
+    term_types=["ADAM_TERM", "SIGN_GRAD", "NESTEROV", "SQRT_GRAD"],
+    alphas=[1.0, 0.3, -0.5, 0.2],
+    lr_log10=-2,
+    eps_log10=-3,
+    wd_log10=-1,
+    use_gradient_clipping=True,
+    use_warmup=True,
+    warmup_steps=4,
+    use_cosine_decay=True,
+)
 
 # The same rules in torch.optim, where it has them.
 TORCH = {
@@ -129,4 +146,31 @@ def trained_by_torch(name, start, gs: Gradients, **options) -> np.ndarray:
 def assert_trained(p, genome, start, gs: Gradients, what, exact=None, moments=None) -> None:
     """By the rule of cases.py: against the definition, or against `exact`."""
     exact = definition(genome, start, gs) if exact is None else exact
-    assert_near(p.detach(), exact, yardstick(genome, start, gs, moments), start.dtype, what)
+    eager = yardstick(genome, start, gs, moments).flatten()
+    assert_near(p.detach().flatten(), np.reshape(exact, -1), eager, start.dtype, what)
+
+
+def twins(*shapes, dtype=FP64):
+    """Two lists of equal parameters."""
+    ps = [parameter(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)]
+    return ps, copy.deepcopy(ps)
+
+
+def assert_same(ps, qs, what=None):
+    for p, q in zip(ps, qs, strict=True):
+        assert p.dtype == q.dtype
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=0, atol=0, equal_nan=True, msg=what)
+
+
+def assert_same_training(a, b):
+    """Parameters and state of two optimizers, bit by bit."""
+    pairs = [[p for group in o.param_groups for p in group["params"]] for o in (a, b)]
+    assert_same(*pairs)
+    for p, q in zip(*pairs, strict=True):
+        assert a.state[p].keys() == b.state[q].keys()
+        assert_same(list(a.state[p].values()), [b.state[q][name] for name in a.state[p]])
+
+
+def assert_close(actual, expected):
+    expected = torch.as_tensor(np.asarray(expected, dtype=np.float64))
+    torch.testing.assert_close(actual.detach(), expected, rtol=1e-12, atol=1e-14)
