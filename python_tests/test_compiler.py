@@ -10,7 +10,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from cases import random_genome
+from oracle import random_genome
 
 from evokernels import Genome, Term, zoo
 from evokernels.compiler import terms

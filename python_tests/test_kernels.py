@@ -8,12 +8,10 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from cases import DTYPES, SHAPES, assert_near, random_genome
-from eager import eager_update
+from oracle import DTYPES, SHAPES, assert_near, eager_steps, exact_steps, random_genome
 
 from evokernels import FusedEvolvedOptimizer, Genome, Term, zoo
 from evokernels.compiler.covers import COVERS, find_cover
-from evokernels.compiler.evaluate import reference_step
 from evokernels.compiler.lower import lower
 from evokernels.compiler.render_c import STORED, cover_symbol, render_covers
 from evokernels.errors import OptimizerError
@@ -21,7 +19,6 @@ from evokernels.kernels import native
 from evokernels.kernels.memory import find_overlap, lies_densely, overlaps_itself
 from evokernels.kernels.plan import ARITHMETIC
 from evokernels.kernels.registry import BACKENDS
-from evokernels.schedule import learning_rate_factor
 
 CSRC = pathlib.Path(__file__).parents[1] / "csrc"
 TOTAL_STEPS = 7  # of which the tests take five
@@ -39,29 +36,6 @@ def train(genome, parameters, gradients, backend):
             parameter.grad = gradient
         optimizer.step()
     return optimizer
-
-
-def reference(genome, start, gradients):
-    """The same steps, more exactly than any dtype here: parameter, moments."""
-    p = start.double().numpy().astype(np.longdouble)
-    m, v = np.zeros_like(p), np.zeros_like(p)
-    for s, g in enumerate(gradients):
-        factor = learning_rate_factor(genome, s, TOTAL_STEPS)
-        p, m, v = reference_step(genome, p, g.double().numpy().astype(p.dtype), m, v, s + 1, factor)
-    return p, m, v
-
-
-def eager(genome, start, gradients):
-    """The same steps as the source system takes them, in the arithmetic of the dtype."""
-    arithmetic = ARITHMETIC[start.dtype]
-    stored, m = start.clone(), torch.zeros_like(start, dtype=arithmetic)
-    v = m.clone()
-    for s, g in enumerate(gradients):
-        p = stored.to(arithmetic)
-        lr = genome.lr * learning_rate_factor(genome, s, TOTAL_STEPS)
-        eager_update(genome, p, g.to(arithmetic), m, v, s + 1, lr)
-        stored = p.to(start.dtype)
-    return stored, m, v
 
 
 def case(seed, dtype):
@@ -85,8 +59,8 @@ def test_random_genomes_match_the_reference(backend, dtype):
         optimizer = train(genome, parameters, gradients, backend)
 
         gradients = [flat(step) for step in gradients]
-        exact = reference(genome, flat(start), gradients)
-        yardstick = eager(genome, flat(start), gradients)
+        exact = exact_steps(genome, flat(start), gradients, TOTAL_STEPS)
+        yardstick = eager_steps(genome, flat(start), gradients, TOTAL_STEPS)
         what = f"genome {seed}: {genome}"
         assert_near(flat(parameters), exact[0], yardstick[0], dtype, what)
         for name, moment in (("exp_avg", 1), ("exp_avg_sq", 2)):
@@ -107,7 +81,8 @@ def test_not_finite_gradients_show(backend, bad):
             gradients[1][i].view(-1)[::5] = bad
         parameters = [p.clone().requires_grad_() for p in start]
         train(genome, parameters, gradients[:3], backend)
-        exact, _, _ = reference(genome, flat(start), [flat(step) for step in gradients[:3]])
+        gradients = [flat(step) for step in gradients[:3]]
+        exact, _, _ = exact_steps(genome, flat(start), gradients, TOTAL_STEPS)
         actual = flat(parameters).numpy()
         # an infinite sum may come out as NaN or infinite, depending on the order of its terms
         assert np.array_equal(np.isfinite(actual), np.isfinite(exact)), genome

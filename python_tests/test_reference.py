@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import random_genome
 from eager import eager_update
+from oracle import random_genome
 
 from evokernels import Genome, Term, zoo
 from evokernels.compiler.evaluate import reference_step, run_program

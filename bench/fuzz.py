@@ -1,0 +1,300 @@
+"""Steps of random optimizers, held against the definition in float64; one failure ends it.
+
+A case is one optimizer of one or two random genomes over tensors of random shape, dtype and
+arrangement in memory, trained for a few steps. Its number decides all of it: a failure prints the
+command that repeats it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import multiprocessing
+import random
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from commandline import Bar, exit_code, positive, worker_count
+from oracle import DTYPES, assert_near, eager_step, exact_step, precise, random_genome
+
+from evokernels import FusedEvolvedOptimizer
+from evokernels.kernels.plan import ARITHMETIC
+
+__all__ = ["check_case", "first_failure"]
+
+GUARD = 7.0  # what surrounds tensors in memory
+TOTAL_STEPS = 4  # of which a case takes up to all
+BULK = 1000  # elements of the largest tensor of a rule, at least
+BATCH = 50  # cases that a worker is given at once
+
+
+def main() -> int:
+    """The command; its exit code: 1 after a failed case."""
+    options = parse(sys.argv[1:])
+    failures: list[str] = []
+    code = exit_code(lambda: failures.extend(run(options)), "no case had failed")
+    print("\n".join(failures), end="\n" if failures else "")
+    return code or (1 if failures else 0)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--count", type=positive, default=10_000, help="cases to run (10000)")
+    parser.add_argument("--seed", type=int, default=0, help="number of the first case (0)")
+    parser.add_argument("--case", type=int, metavar="N", help="run this case alone")
+    parser.add_argument(
+        "--workers", type=positive, metavar="N", help="processes (as many as there are cores)"
+    )
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> Iterator[str]:
+    """Run the cases asked for; yields the report of the first failure, if there is one."""
+    if options.case is not None:
+        check_case(options.case)  # with its whole traceback
+        print(f"case {options.case} is right")
+        return
+    numbers = range(options.seed, options.seed + options.count)
+    batches = [numbers[i : i + BATCH] for i in range(0, len(numbers), BATCH)]
+    workers = worker_count(options, threads=1)
+    context = multiprocessing.get_context("spawn")  # OpenMP's threads do not survive a fork
+    with Bar() as bar, context.Pool(min(workers, len(batches))) as pool:
+        for done, failure in enumerate(pool.imap_unordered(first_failure, batches), start=1):
+            bar.show(min(done * BATCH, len(numbers)), len(numbers), "fuzz")
+            if failure:
+                yield failure
+                return
+    print(f"{len(numbers)} cases are right")
+
+
+def first_failure(numbers: Iterable[int]) -> str | None:
+    """What went wrong in the first of these cases that fails, and how to repeat it."""
+    with torch_threads(1):
+        for number in numbers:
+            try:
+                check_case(number)
+            except Exception as error:  # whatever it is, it is what was looked for
+                return f"{type(error).__name__}: {error}\npython bench/fuzz.py --case {number}"
+    return None
+
+
+def check_case(number: int) -> None:
+    """Raises AssertionError, or what the optimizer raised, if the case of this number fails."""
+    r = random.Random(number)
+    options = {
+        "maximize": r.random() < 0.3,
+        "zero_grads": r.random() < 0.3,
+        "state_dtype": r.choice((None, None, torch.bfloat16)),
+        "backend": r.choice(("cpu",) * 7 + ("eager",)),
+    }
+    threads = r.randint(1, 3)
+    rules = [Rule(r, options["state_dtype"]) for _ in range(r.choice((1, 1, 2)))]
+    optimizer = FusedEvolvedOptimizer(
+        [{"params": rule.parameters, "genome": rule.genome} for rule in rules],
+        rules[0].genome,
+        total_steps=TOTAL_STEPS,
+        **options,
+    )
+    for _ in range(r.randint(1, TOTAL_STEPS)):
+        for rule in rules:
+            rule.set_gradients()
+        with torch_threads(threads):
+            optimizer.step()
+        for rule in rules:
+            rule.check_memory(zeroed=options["zero_grads"])
+            rule.check_values(optimizer, options["maximize"])
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Torch's threads, for a while: what is not under test is faster on one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Rule:
+    """A genome, the parameters that it updates, and the gradients that they have had."""
+
+    def __init__(self, r: random.Random, state_dtype: torch.dtype | None) -> None:
+        self._random = r
+        self._values = torch.Generator().manual_seed(r.getrandbits(62))
+        self.genome = random_genome(r.getrandbits(62))
+        self._dtype = r.choice(DTYPES)
+        # float16 has no smaller ones to speak of; a quotient by zero would leave its range
+        smallest = -3 if self._dtype == torch.float16 else -8
+        self._scale = 10 ** r.uniform(smallest, 1)
+        self._placed = [
+            Placed(r, self._random_values(shape), arrangement(r, shape)) for shape in shapes(r)
+        ]
+        self.parameters = [placed.tensor.requires_grad_() for placed in self._placed]
+        # gradients that are zero: sign(0), and 0 / (0 + eps)
+        self._quiet = [p.numel() < BULK and r.random() < 0.1 for p in self.parameters]
+        self._placed_gradients: list[Placed] = []
+        self._gradient: torch.Tensor | None = None
+        self._steps = 0
+        p = flat(self.parameters)
+        moment = torch.zeros_like(p, dtype=state_dtype or ARITHMETIC[p.dtype])
+        self._state = {"p": p, "exp_avg": moment, "exp_avg_sq": moment}
+
+    def _random_values(self, shape: Sequence[int]) -> torch.Tensor:
+        return torch.randn(shape, generator=self._values).to(self._dtype)
+
+    def set_gradients(self) -> None:
+        """New gradients for one step, now and then none."""
+        absent = self._random.random() < 0.1
+        self._placed_gradients = [
+            self._random_gradient(parameter, 0.0 if quiet else self._scale)
+            for parameter, quiet in zip(self.parameters, self._quiet, strict=True)
+            if not absent
+        ]
+        gradients = [placed.tensor for placed in self._placed_gradients]
+        self._gradient = flat(gradients) if gradients else None
+        for parameter, gradient in itertools.zip_longest(self.parameters, gradients):
+            parameter.grad = gradient
+
+    def _random_gradient(self, parameter: torch.Tensor, scale: float) -> Placed:
+        r, shape = self._random, parameter.shape
+        repeated = [r.random() < 0.5 for _ in shape] if r.random() < 0.1 else [False] * len(shape)
+        own = [min(n, 1) if once else n for n, once in zip(shape, repeated, strict=True)]
+        values = torch.randn(own, generator=self._values)
+        # away from zero: with beta2 = 0, m / sqrt(v) near it would leave the range of float16, and
+        # the luck of a single rounding would decide whether the largest error is twice another
+        values = (values + 0.25 * values.sign()).mul_(scale).to(self._dtype)
+        alike = r.random() < 0.4 and not any(repeated)
+        strides = parameter.stride() if alike else arrangement(r, own)
+        return Placed(r, values, strides, shape)
+
+    def check_memory(self, *, zeroed: bool) -> None:
+        """Nothing is written around the tensors, gradients are as given or, if asked for, zero."""
+        for placed in itertools.chain(self._placed, self._placed_gradients):
+            placed.check_surroundings()
+        if self._gradient is not None:
+            after = flat(placed.tensor for placed in self._placed_gradients)
+            expected = torch.zeros_like(after) if zeroed else self._gradient
+            assert torch.equal(after, expected), f"gradients after the step: {self}"
+
+    def check_values(self, optimizer: FusedEvolvedOptimizer, maximize: bool) -> None:
+        """The step led from the state before it near to where the definition leads.
+
+        Each step starts from what the optimizer itself has stored, so that no luck of earlier
+        roundings counts.
+        """
+        before, stored = self._state, self._stored(optimizer)
+        self._state = {**before, **stored}
+        if self._gradient is None:
+            assert all(torch.equal(stored[name], before[name]) for name in stored), str(self)
+            return
+        self._steps += 1
+        p, m, v = before.values()
+        g = -self._gradient if maximize else self._gradient
+        exact = exact_step(self.genome, *map(precise, (p, g, m, v)), self._steps, TOTAL_STEPS)
+        eager = eager_step(self.genome, p, g, m, v, self._steps, TOTAL_STEPS)
+        for name, right, yardstick in zip(before, exact, eager, strict=True):
+            if name in stored:
+                actual, what = stored[name], f"{name} of {self}"
+                assert actual.dtype == yardstick.dtype, f"{actual.dtype} {what}"
+                assert_near(actual, right, yardstick, actual.dtype, what)
+
+    def _stored(self, optimizer: FusedEvolvedOptimizer) -> dict[str, torch.Tensor]:
+        """Parameters and the moments that there are, in the order of a step's results."""
+        states = [optimizer.state.get(parameter, {}) for parameter in self.parameters]
+        moments = {
+            name: flat(state[name] for state in states)
+            for name in ("exp_avg", "exp_avg_sq")
+            if name in states[0]
+        }
+        return {"p": flat(self.parameters), **moments}
+
+    def __str__(self) -> str:
+        layouts = ", ".join(f"{tuple(p.shape)} by {p.stride()}" for p in self.parameters)
+        return f"{self._dtype}, {layouts}, {self.genome}"
+
+
+class Placed:
+    """A tensor in the middle of a buffer of guard elements."""
+
+    def __init__(
+        self,
+        r: random.Random,
+        values: torch.Tensor,
+        strides: Sequence[int],
+        shape: Sequence[int] | None = None,
+    ) -> None:
+        """Place values by strides, and repeat them up to `shape`."""
+        before, after = r.randint(0, 17), r.randint(0, 17)
+        size = before + reach(values.shape, strides) + after
+        self._buffer = torch.full((size,), GUARD, dtype=values.dtype)
+        own = self._buffer.as_strided(values.shape, strides, before).copy_(values)
+        self._around = torch.ones(size, dtype=torch.bool)
+        self._around.as_strided(values.shape, strides, before).fill_(False)
+        self.tensor = own if shape is None else own.expand(shape)
+
+    def check_surroundings(self) -> None:
+        """Raises AssertionError if an element around the tensor has changed."""
+        around = self._buffer.detach()[self._around]
+        layout = f"{tuple(self.tensor.shape)} by {self.tensor.stride()}"
+        assert (around == GUARD).all(), f"written beside a tensor: {self._buffer.dtype}, {layout}"
+
+
+def shapes(r: random.Random) -> list[tuple[int, ...]]:
+    """Shapes of one to five tensors, one of them of `BULK` elements or more.
+
+    With few elements the luck of single roundings would decide whether a tolerance holds that is a
+    multiple of another error.
+    """
+    small = [
+        (),
+        (0,),
+        (1,),
+        (r.randint(2, 300),),
+        (r.randint(1, 30), r.randint(1, 30)),
+        (r.randint(0, 3), r.randint(1, 20), r.randint(1, 5)),
+        (r.randint(1, 5), r.randint(1, 5), r.randint(1, 4), r.randint(1, 4)),
+    ]
+    # beyond 2^15 elements a step takes more than one thread
+    rows = BULK // 40 * (r.randint(36, 44) if r.random() < 0.02 else 1) + r.randint(0, 15)
+    large = r.choice(((rows * 40,), (rows, 40), (40, rows), (rows, 2, 4, 5)))
+    chosen = [*r.choices(small, k=r.randint(0, 4)), large]
+    r.shuffle(chosen)
+    return chosen
+
+
+def arrangement(r: random.Random, shape: Sequence[int]) -> list[int]:
+    """Strides: half of them contiguous; else dimensions in any order (transposed, channels last),
+    with or without gaps between (sliced)."""
+    order = list(range(len(shape)))
+    gaps = (0,)
+    if r.random() < 0.5:
+        r.shuffle(order)
+        gaps = r.choice(((0,), (0, 1, 3)))
+    strides = [1] * len(shape)
+    length = 1
+    for dimension in reversed(order):
+        strides[dimension] = length + r.choice(gaps)
+        length += max(shape[dimension] - 1, 0) * strides[dimension]
+    return strides
+
+
+def reach(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Elements from the first to the last in memory, both included."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+
+
+def flat(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The elements of all tensors, in their logical order."""
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""What is right: random genomes, their steps in float64 and in single torch calls, and the one rule
+that says how near is near. The tests and fuzz.py share it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from eager import eager_update
+
+from evokernels import Genome, Term
+from evokernels.compiler.evaluate import reference_step
+from evokernels.kernels.plan import ARITHMETIC
+from evokernels.schedule import learning_rate_factor
+
+__all__ = [
+    *("DTYPES", "SHAPES", "assert_near", "eager_step", "eager_steps", "exact_step"),
+    *("exact_steps", "precise", "random_genome"),
+]
+
+SHAPES = [(), (0,), (1,), (63,), (1000,), (17, 241)]  # the last: 4097 elements
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def random_genome(seed: int) -> Genome:
+    """A genome from anywhere in the space, not only from where the search starts."""
+    r = random.Random(seed)
+    count = r.randint(1, 7)
+    return Genome(
+        term_types=[r.choice(list(Term)) for _ in range(count)],
+        alphas=[r.choice([0.0, r.uniform(-3, 3), r.uniform(-1, 1)]) for _ in range(count)],
+        lr_log10=r.uniform(-5, -1),
+        beta1=r.choice([0.0, r.uniform(0.0, 0.999)]),
+        beta2=r.choice([0.0, r.uniform(0.5, 0.9999)]),
+        eps_log10=r.uniform(-10, -4),
+        wd_log10=r.choice([float("-inf"), r.uniform(-6, -1)]),
+        use_m=r.random() < 0.7,
+        use_v=r.random() < 0.7,
+        use_bias_correction=r.random() < 0.6,
+        use_gradient_clipping=r.random() < 0.3,
+        clip_value=r.uniform(0.1, 2),
+        use_warmup=r.random() < 0.3,
+        warmup_steps=r.randint(0, 8),
+        use_cosine_decay=r.random() < 0.3,
+    )
+
+
+def exact_steps(
+    genome: Genome, start: torch.Tensor, gradients: Sequence[torch.Tensor], total_steps: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Parameter and moments after these gradients, without any rounding that would show."""
+    p = precise(start)
+    m, v = np.zeros_like(p), np.zeros_like(p)
+    for t, g in enumerate(gradients, start=1):
+        p, m, v = exact_step(genome, p, precise(g), m, v, t, total_steps)
+    return p, m, v
+
+
+def exact_step(
+    genome: Genome,
+    p: np.ndarray,
+    g: np.ndarray,
+    m: np.ndarray,
+    v: np.ndarray,
+    t: int,
+    total_steps: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Parameter and moments after step `t` (from 1), on the schedule of the genome."""
+    return reference_step(genome, p, g, m, v, t, learning_rate_factor(genome, t - 1, total_steps))
+
+
+def precise(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor as an array of more digits than its dtype has."""
+    wider = np.longdouble if tensor.dtype == torch.float64 else np.float64
+    return tensor.double().numpy().astype(wider)
+
+
+def eager_steps(
+    genome: Genome, start: torch.Tensor, gradients: Sequence[torch.Tensor], total_steps: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same as `exact_steps`, as the source system does it."""
+    p, m = start, torch.zeros_like(start, dtype=ARITHMETIC[start.dtype])
+    v = m
+    for t, g in enumerate(gradients, start=1):
+        p, m, v = eager_step(genome, p, g, m, v, t, total_steps)
+    return p, m, v
+
+
+def eager_step(
+    genome: Genome,
+    p: torch.Tensor,
+    g: torch.Tensor,
+    m: torch.Tensor,
+    v: torch.Tensor,
+    t: int,
+    total_steps: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same as `exact_step`, in the arithmetic of the dtype, rounded where a step stores it."""
+    arithmetic = ARITHMETIC[p.dtype]
+    lr = genome.lr * learning_rate_factor(genome, t - 1, total_steps)
+    new_p, new_m, new_v = (tensor.to(arithmetic, copy=True) for tensor in (p, m, v))
+    eager_update(genome, new_p, g.to(arithmetic), new_m, new_v, t, lr)
+    return new_p.to(p.dtype), new_m.to(m.dtype), new_v.to(v.dtype)
+
+
+def assert_near(
+    actual: torch.Tensor, exact: np.ndarray, eager: torch.Tensor, dtype: torch.dtype, what: str
+) -> None:
+    """The error is at most twice that of the eager path in the same dtype, plus 1 % of epsilon.
+
+    Errors are relative to the element, or to the mean where the element is smaller: with absolute
+    ones, a single large element, and the luck of its rounding, would decide alone.
+
+    Args:
+        exact: the reference.
+        eager: what one torch call at a time made of the same step, with the arithmetic of `dtype`.
+    """
+    if exact.size == 0:
+        return
+    scale = np.maximum(np.abs(exact), np.abs(exact).mean())
+    scale[scale == 0] = 1
+
+    def error(tensor: torch.Tensor) -> float:
+        return (np.abs(tensor.double().numpy() - exact) / scale).max()
+
+    allowed = 2 * error(eager) + 0.01 * torch.finfo(dtype).eps
+    assert error(actual) <= allowed, f"{what}: error {error(actual):.3g}, allowed {allowed:.3g}"

@@ -1,0 +1,40 @@
+"""A short run of bench/fuzz.py, and that it sees what it is there to see."""
+
+import fuzz
+import pytest
+import torch
+
+from evokernels import FusedEvolvedOptimizer
+
+
+def test_two_thousand_random_cases():
+    assert fuzz.first_failure(range(2000)) is None
+
+
+def beside(parameter, gradient):
+    """A write beyond the end of the parameter."""
+    storage = torch.empty(0, dtype=parameter.dtype).set_(parameter.untyped_storage())
+    storage[-1] += 1
+
+
+def beyond_rounding(parameter, gradient):
+    parameter.detach().mul_(1 + 8 * torch.finfo(parameter.dtype).eps)
+
+
+def in_the_gradient(parameter, gradient):
+    gradient.add_(1)
+
+
+@pytest.mark.parametrize("defect", [beside, beyond_rounding, in_the_gradient])
+def test_a_planted_defect_is_found(monkeypatch, defect):
+    step = FusedEvolvedOptimizer.step
+
+    def defective(self):
+        step(self)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and parameter.dim() == 1 and parameter.numel() > 1:
+                    defect(parameter, parameter.grad)
+
+    monkeypatch.setattr(FusedEvolvedOptimizer, "step", defective)
+    assert "python bench/fuzz.py --case" in fuzz.first_failure(range(100))
