@@ -13,6 +13,7 @@ from evokernels.compiler.terms import scalar_values
 from evokernels.kernels.memory import memory_keys
 from evokernels.kernels.plan import Backend, BoundTensor, Numbers, Plan
 from evokernels.optim.checks import check_parameter, nonnegative
+from evokernels.optim.sharding import local_gradient
 from evokernels.schedule import learning_rate_factor
 
 __all__ = ["Binding", "foundation"]
@@ -23,6 +24,7 @@ class Binding:
 
     def __init__(
         self,
+        parameters: list[torch.Tensor],
         bound: list[BoundTensor],
         groups: list[dict[str, Any]],
         waiting: list[torch.Tensor],
@@ -30,11 +32,13 @@ class Binding:
         steps: torch.Tensor,
         foundation: list[Any],
     ) -> None:
-        self.parameters = [b.parameter for b in bound]
+        self.parameters = parameters
+        self._local = [b.parameter for b in bound]
+        self._sharded = [i for i, p in enumerate(parameters) if p is not self._local[i]]
         self._groups = groups
         self._waiting = waiting
         self._foundation = foundation
-        self._keys = memory_keys(self.parameters)
+        self._keys = memory_keys(self._local)
         # a moment is told by its address alone: its memory is kept, so nothing else moves in there
         self._moments = [moment for b in bound for moment in b.moments.values()]
         self._kept = [moment.untyped_storage() for moment in self._moments]
@@ -58,7 +62,9 @@ class Binding:
         return (
             len(now) == len(self._foundation)
             and all(map(operator.is_, now, self._foundation))
-            and memory_keys(self.parameters) == self._keys
+            # FSDP gives a parameter another local tensor when its module is moved or loaded
+            and all(self.parameters[i]._local_tensor is self._local[i] for i in self._sharded)
+            and memory_keys(self._local) == self._keys
             and [moment.data_ptr() for moment in self._moments] == self._addresses
             and all(parameter.grad is None for parameter in self._waiting)
         )
@@ -66,6 +72,8 @@ class Binding:
     def step(self) -> None:
         """Count the step and update."""
         gradients = [parameter.grad for parameter in self.parameters]
+        for i in self._sharded:
+            gradients[i] = local_gradient(self.parameters[i])
         present = [gradient is not None for gradient in gradients]
         if not {g.layout for g in gradients if g is not None} <= {torch.strided}:
             for parameter in self.parameters:
@@ -84,6 +92,10 @@ class Binding:
         except Exception:
             self._counts -= counted
             raise
+        if self._sharded:  # a DTensor counts its versions apart from its local part
+            torch.autograd.graph.increment_version(
+                [self.parameters[i] for i in self._sharded if gradients[i] is not None]
+            )
         self._counted = self._counts.tobytes()
 
     def _assign_rows(self) -> None:

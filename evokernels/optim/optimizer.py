@@ -23,6 +23,7 @@ from evokernels.optim.checks import (
     check_moment,
     check_parameter,
 )
+from evokernels.optim.sharding import local
 
 __all__ = ["FusedEvolvedOptimizer"]
 
@@ -156,7 +157,8 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
         return {**super().__getstate__(), "_backend": self._backend}
 
     def _bind(self) -> Binding:
-        bound, groups, waiting, backends, steps = [], [], [], [], []
+        parameters, moments, bound = [], [], []
+        groups, waiting, backends, steps = [], [], [], []
         for group in self.param_groups:
             check_group(group)
             rule = lower(group["genome"])
@@ -166,18 +168,27 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
                     waiting.append(parameter)
                     continue
                 check_parameter(parameter)
-                bound.append(BoundTensor(rule.program, parameter, _moments(rule, parameter, state)))
+                parameters.append(parameter)
+                moments.append(_moments(rule, parameter, state))
+                parts = {name: local(moment) for name, moment in moments[-1].items()}
+                bound.append(BoundTensor(rule.program, local(parameter), parts))
                 groups.append(group)
                 backends.append(_select(rule, parameter, self._backend))
                 steps.append(float(state.get("step", 0.0)))
-        check_apart([b.parameter for b in bound])
+        check_apart(parameters)
         # nothing has changed up to here, and nothing fails from here on
         all_steps = torch.tensor(steps, dtype=torch.float64)
-        for b, step in zip(bound, all_steps, strict=True):
-            moments = {_STATE_NAMES[name]: moment for name, moment in b.moments.items()}
-            self.state[b.parameter].update(step=step, **moments)
+        for parameter, kept, step in zip(parameters, moments, all_steps, strict=True):
+            named = {_STATE_NAMES[name]: moment for name, moment in kept.items()}
+            self.state[parameter].update(step=step, **named)
         return Binding(
-            bound, groups, waiting, backends, all_steps, foundation(self.param_groups, self.state)
+            parameters,
+            bound,
+            groups,
+            waiting,
+            backends,
+            all_steps,
+            foundation(self.param_groups, self.state),
         )
 
 
