@@ -13,10 +13,12 @@ from evokernels.compiler.terms import scalar_values
 from evokernels.kernels.memory import memory_keys
 from evokernels.kernels.plan import Backend, BoundTensor, Numbers, Plan
 from evokernels.optim.checks import check_parameter, nonnegative
-from evokernels.optim.sharding import local_gradient
+from evokernels.optim.sharding import PLAIN, local_gradient
 from evokernels.schedule import learning_rate_factor
 
 __all__ = ["Binding", "foundation"]
+
+_EXPECTED = PLAIN | {type(None)}  # classes of gradients that need no closer look
 
 
 class Binding:
@@ -75,7 +77,8 @@ class Binding:
         for i in self._sharded:
             gradients[i] = local_gradient(self.parameters[i])
         present = [gradient is not None for gradient in gradients]
-        if not {g.layout for g in gradients if g is not None} <= {torch.strided}:
+        strange = set(map(type, gradients)) - _EXPECTED
+        if strange or not {g.layout for g in gradients if g is not None} <= {torch.strided}:
             for parameter in self.parameters:
                 check_parameter(parameter)
         if present != self._present or self._counts.tobytes() != self._counted:

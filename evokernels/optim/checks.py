@@ -12,7 +12,7 @@ from evokernels.errors import OptimizerError
 from evokernels.genome import Genome
 from evokernels.kernels.memory import find_overlap, overlaps_itself
 from evokernels.kernels.plan import ARITHMETIC
-from evokernels.optim.sharding import is_sharded, local, placement
+from evokernels.optim.sharding import is_dtensor, lacks_memory, local, placement
 
 __all__ = [
     "check_apart",
@@ -85,10 +85,15 @@ def check_parameter(parameter: torch.Tensor) -> None:
         raise OptimizerError(f"{what} is on the meta device; materialise the model first")
     if parameter.is_neg():  # its memory holds the negated values
         raise OptimizerError(f"{what} is a negated view; call .resolve_neg() before")
-    if is_sharded(parameter) and any(part.is_partial() for part in parameter.placements):
+    if is_dtensor(parameter) and any(part.is_partial() for part in parameter.placements):
         raise OptimizerError(
             f"{what} is placed {parameter.placements}; parameters must be sharded or replicated: "
             "call redistribute before making it a parameter"
+        )
+    if lacks_memory(local(parameter)):
+        raise OptimizerError(
+            f"{what} is a {type(parameter).__name__}, which has no memory of its own that a kernel "
+            "could write; parameters must be torch.nn.Parameter or DTensor"
         )
     if overlaps_itself(local(parameter)):
         raise OptimizerError(
@@ -108,6 +113,11 @@ def check_parameter(parameter: torch.Tensor) -> None:
             f"{what} is {parameter.dtype}, its gradient {tuple(gradient.shape)} and "
             f"{gradient.dtype}; both must be the same: call zero_grad() after giving a parameter "
             "new data"
+        )
+    if lacks_memory(gradient) and not is_dtensor(parameter):
+        raise OptimizerError(
+            f"the gradient of {what} is a {type(gradient).__name__}, the parameter a plain tensor; "
+            "both must be the same: give it the local part of the gradient"
         )
 
 
@@ -141,4 +151,4 @@ def check_moment(name: str, moment: Any, parameter: torch.Tensor) -> None:
 
 
 def _words(tensor: torch.Tensor) -> str:
-    return f"{tensor.placements} on {tensor.device_mesh}" if is_sharded(tensor) else "as a whole"
+    return f"{tensor.placements} on {tensor.device_mesh}" if is_dtensor(tensor) else "as a whole"

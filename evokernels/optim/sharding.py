@@ -15,14 +15,23 @@ import torch
 
 from evokernels.errors import OptimizerError
 
-__all__ = ["SumOverShards", "is_sharded", "local", "local_gradient", "placement"]
+__all__ = [
+    "PLAIN",
+    "SumOverShards",
+    "is_dtensor",
+    "lacks_memory",
+    "local",
+    "local_gradient",
+    "placement",
+]
 
-_PLAIN = (torch.nn.Parameter, torch.Tensor)
+# Classes that are certainly neither DTensors nor other wrappers around tensors.
+PLAIN = frozenset({torch.nn.Parameter, torch.Tensor})
 
 
-def is_sharded(tensor: torch.Tensor) -> bool:
+def is_dtensor(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a DTensor, replicated ones included."""
-    if type(tensor) in _PLAIN:
+    if type(tensor) in PLAIN:
         return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -30,7 +39,12 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a tensor that this process holds, without a copy: the tensor if it is plain."""
-    return tensor._local_tensor if is_sharded(tensor) else tensor
+    return tensor._local_tensor if is_dtensor(tensor) else tensor
+
+
+def lacks_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is of a class that only wraps others: its address is null."""
+    return type(tensor) not in PLAIN and tensor.numel() > 0 and tensor.data_ptr() == 0
 
 
 def local_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
@@ -38,7 +52,7 @@ def local_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
     gradient = parameter.grad
     if gradient is None:
         return None
-    if not is_sharded(gradient):
+    if not is_dtensor(gradient):
         raise OptimizerError(
             f"a parameter of shape {tuple(parameter.shape)} is a DTensor, its gradient a plain "
             f"tensor of shape {tuple(gradient.shape)}; both must be the same: make the gradient "
@@ -55,7 +69,7 @@ def local_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
 
 def placement(tensor: torch.Tensor) -> tuple[Any, ...] | None:
     """Where the parts of a DTensor are; equal if their local parts belong together."""
-    return (tensor.device_mesh, tensor.placements) if is_sharded(tensor) else None
+    return (tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else None
 
 
 class SumOverShards:
@@ -67,11 +81,11 @@ class SumOverShards:
     """
 
     def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
-        self._plain = [i for i, p in enumerate(parameters) if not is_sharded(p)]
+        self._plain = [i for i, p in enumerate(parameters) if not is_dtensor(p)]
         # mesh → which of its dimensions a tensor is sharded over → positions of such tensors
         self._meshes: dict[Any, dict[tuple[bool, ...], list[int]]] = {}
         for i, parameter in enumerate(parameters):
-            if is_sharded(parameter):
+            if is_dtensor(parameter):
                 split = tuple(not placement.is_replicate() for placement in parameter.placements)
                 patterns = self._meshes.setdefault(parameter.device_mesh, {})
                 patterns.setdefault(split, []).append(i)
