@@ -23,6 +23,7 @@ from evokernels.optim.checks import (
     check_moment,
     check_parameter,
 )
+from evokernels.optim.compiling import never_compiled
 from evokernels.optim.sharding import local
 
 __all__ = ["FusedEvolvedOptimizer"]
@@ -109,7 +110,7 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
             )
             return (wrapped if noticed else func)(self, *args, **kwargs)
 
-        return step
+        return never_compiled(step)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
