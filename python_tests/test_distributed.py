@@ -31,7 +31,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -180,6 +181,23 @@ def check_equal_batches_give_the_bits_of_one_process(rank, folder):
                     alone, other = training("plain", genome, backend=backend)
                     train(alone, other, map(batch, range(STEPS)))
                     assert_same(wholes(model), wholes(alone))
+
+
+@in_two_processes
+def check_what_came_before_fsdp2_gives_these_bits_too(rank, folder):
+    options = {"genome": zoo.evolved_2025, "total_steps": 20}
+    model = DistributedDataParallel(network())
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), FusedEvolvedOptimizer, **options)
+    train(model, optimizer, map(batch, range(STEPS)))
+    assert_same(wholes(model), expected())
+
+    for separate in (True, False):
+        model = FullyShardedDataParallel(
+            network(), use_orig_params=separate, device_id=torch.device("cpu")
+        )
+        optimizer = FusedEvolvedOptimizer(model.parameters(), **options)
+        train(model, optimizer, map(batch, range(STEPS)))
+        assert_same(list(model.state_dict().values()), expected())
 
 
 @in_two_processes

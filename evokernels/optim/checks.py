@@ -144,11 +144,11 @@ def check_moment(name: str, moment: Any, parameter: torch.Tensor) -> None:
         )
     if placement(moment) != placement(parameter):
         raise OptimizerError(
-            f"{name} of a parameter of shape {shape} is placed {_words(moment)}, the parameter "
-            f"{_words(parameter)}; load the state with "
+            f"{name} of a parameter of shape {shape} is placed {_placed(moment)}, the parameter "
+            f"{_placed(parameter)}; load the state with "
             "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, which shards it"
         )
 
 
-def _words(tensor: torch.Tensor) -> str:
+def _placed(tensor: torch.Tensor) -> str:
     return f"{tensor.placements} on {tensor.device_mesh}" if is_dtensor(tensor) else "as a whole"
