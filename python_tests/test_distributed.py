@@ -339,15 +339,22 @@ def check_a_norm_includes_every_shard_once(rank, folder):
         distribute_tensor(tensors[4], tall, [Shard(0), Shard(0)]),
         distribute_tensor(tensors[5], wide, [Replicate(), Shard(0)]),
     ]
-    squares = torch.stack([(local(t).double() ** 2).sum() for t in placed])
     with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduce:
-        total = SumOverShards(placed)(squares)
-    assert total == sum((t**2).sum().item() for t in tensors)
+        assert sum_of_squares(placed) == sum((t**2).sum().item() for t in tensors)
     assert reduce.call_count == 3  # one for each mesh
-
     with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduce:
-        assert SumOverShards(tensors)(torch.ones(6)) == 6
-    assert reduce.call_count == 0
+        assert sum_of_squares(placed[1:3]) == 1 + 5**3
+        assert sum_of_squares(tensors[:2]) == 3**3 + 1
+        assert sum_of_squares(placed[3:4]) == 4**3
+    assert reduce.call_count == 1
+
+
+def sum_of_squares(tensors):
+    over_shards = SumOverShards(tensors)
+    assert sorted(i for group in over_shards.groups for i in group) == list(range(len(tensors)))
+    return over_shards(
+        [sum((local(tensors[i]) ** 2).sum().item() for i in g) for g in over_shards.groups]
+    )
 
 
 # Saving and loading

@@ -78,32 +78,43 @@ class SumOverShards:
     A number of a DTensor tells of its local part: it is added up over the processes that hold
     other parts, and counted once where they hold the same. Plain parameters are the same in every
     process. One collective for each mesh dimension over which anything is sharded: one for FSDP2.
+
+    Attributes:
+        groups: positions of parameters that are sharded alike, whose numbers can be added up first.
     """
 
     def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
-        self._plain = [i for i, p in enumerate(parameters) if not is_dtensor(p)]
-        # mesh → which of its dimensions a tensor is sharded over → positions of such tensors
-        self._meshes: dict[Any, dict[tuple[bool, ...], list[int]]] = {}
+        groups: dict[Any, list[int]] = {}
         for i, parameter in enumerate(parameters):
-            if is_dtensor(parameter):
-                split = tuple(not placement.is_replicate() for placement in parameter.placements)
-                patterns = self._meshes.setdefault(parameter.device_mesh, {})
-                patterns.setdefault(split, []).append(i)
+            groups.setdefault(_divided(parameter), []).append(i)
+        self.groups = list(groups.values())
+        # mesh dimension → the groups that are sharded over it
+        self._collectives: dict[Any, list[int]] = {}
+        for k, divided in enumerate(groups):
+            for mesh, dimension in divided:
+                self._collectives.setdefault((mesh, dimension), []).append(k)
 
-    def __call__(self, numbers: torch.Tensor) -> torch.Tensor:
-        """The sum, 0-d, the same bits in every process that has the same shards.
+    def __call__(self, sums: Sequence[float]) -> float:
+        """The sum over the model, the same bits in every process that holds parts of it.
 
-        Every process must call it, with numbers for all parameters: 0 where there is no gradient.
+        Args:
+            sums: one for each group. Every process must call, also without any gradient.
         """
-        total = numbers[self._plain].sum()
-        for mesh, patterns in self._meshes.items():
-            sums = torch.stack([numbers[members].sum() for members in patterns.values()])
-            for dimension in range(mesh.ndim):
-                split = [k for k, pattern in enumerate(patterns) if pattern[dimension]]
-                if split and mesh.size(dimension) > 1:
-                    # parameters may wait on the CPU while their processes talk over GPUs
-                    part = sums[split].to(mesh.device_type)
-                    torch.distributed.all_reduce(part, group=mesh.get_group(dimension))
-                    sums[split] = part.to(sums.device)
-            total = total + sums.sum()
-        return total
+        totals = torch.tensor(sums, dtype=torch.float64)
+        for (mesh, dimension), members in self._collectives.items():
+            part = totals[members].to(mesh.device_type)
+            torch.distributed.all_reduce(part, group=mesh.get_group(dimension))
+            totals[members] = part.cpu()
+        return totals.sum().item()
+
+
+def _divided(parameter: torch.Tensor) -> tuple[tuple[Any, int], ...]:
+    """The (mesh, dimension) pairs over which a tensor is sharded."""
+    if not is_dtensor(parameter):
+        return ()
+    mesh = parameter.device_mesh
+    return tuple(
+        (mesh, dimension)
+        for dimension, part in enumerate(parameter.placements)
+        if not part.is_replicate() and mesh.size(dimension) > 1
+    )
