@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import DTYPES
+from oracle import DTYPES
 from contract import (
     PRESETS,
     RICH,

@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from cases import DTYPES
+from oracle import DTYPES
 from contract import (
     BF16,
     FP16,

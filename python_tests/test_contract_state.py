@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 import torch
-from cases import DTYPES
+from oracle import DTYPES
 from contract import (
     PRESETS,
     RICH,

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from cases import DTYPES
+from oracle import DTYPES
 from contract import (
     BF16,
     FP16,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,12 @@ from evokernels.kernels.memory import memory_keys
 from evokernels.kernels.plan import Backend, BoundTensor, Numbers, Plan
 from evokernels.kernels.watch import Watch, can_watch
 from evokernels.optim.checks import check_parameter, nonnegative
+from evokernels.optim.sharding import PLAIN, SumOverShards, local_gradient
 from evokernels.schedule import learning_rate_factor
 
 __all__ = ["Binding", "Member"]
+
+_EXPECTED = PLAIN | {type(None)}  # classes of gradients that need no closer look
 
 # Options of a group on which more than the numbers of a step depends.
 _STRUCTURE = ("genome", "state_dtype", "stochastic_rounding", "seed")
@@ -60,7 +63,10 @@ class Binding:
         self._waiting = waiting
         self._foundation = _foundation(groups, state)
         self._parameters = [member.parameter for member in members]
-        self._keys = memory_keys(self._parameters)
+        self._local = [member.bound.parameter for member in members]
+        self._sharded = [i for i, p in enumerate(self._parameters) if p is not self._local[i]]
+        self._sum_over_shards = SumOverShards(self._parameters)
+        self._keys = memory_keys(self._local)
         # a moment is told by its address alone: its memory is kept, so nothing else moves in there
         self._moments = [moment for m in members for moment in m.bound.moments.values()]
         self._kept = [moment.untyped_storage() for moment in self._moments]
@@ -91,7 +97,9 @@ class Binding:
         return (
             len(now) == len(self._foundation)
             and all(map(operator.is_, now, self._foundation))
-            and memory_keys(self._parameters) == self._keys
+            # FSDP gives a parameter another local tensor when its module is moved or loaded
+            and all(self._parameters[i]._local_tensor is self._local[i] for i in self._sharded)
+            and memory_keys(self._local) == self._keys
             and [moment.data_ptr() for moment in self._moments] == self._addresses
             and all(parameter.grad is None for parameter in self._waiting)
         )
@@ -130,7 +138,10 @@ class Binding:
         """
         self._watch = None
         gradients = [parameter.grad for parameter in self._parameters]
-        if not {g.layout for g in gradients if g is not None} <= {torch.strided}:
+        for i in self._sharded:
+            gradients[i] = local_gradient(self._parameters[i])
+        strange = set(map(type, gradients)) - _EXPECTED
+        if strange or not {g.layout for g in gradients if g is not None} <= {torch.strided}:
             for parameter in self._parameters:
                 check_parameter(parameter)
         present = [gradient is not None for gradient in gradients]
@@ -142,19 +153,21 @@ class Binding:
         try:
             if not self._rows:
                 self._assign_rows()
-            chosen = [(plan, m, [gradients[i] for i in m]) for plan, m in self._plans]
             factor = _gradient_factor(
                 unscale,
                 max_grad_norm,
-                lambda: sum(plan.sum_of_squares(of_plan) for plan, _, of_plan in chosen),
+                lambda: self._sum_over_shards(lambda members: self._squares(gradients, members)),
             )
             numbers = [self._numbers(i, int(self._counts[i]), factor) for i in self._first_of_row]
-            for plan, m, of_plan in chosen:
-                plan.run(of_plan, [self._rows[i] for i in m], numbers, clear=clear)
+            for plan, m in self._plans:
+                plan.run(
+                    [gradients[i] for i in m], [self._rows[i] for i in m], numbers, clear=clear
+                )
         except Exception:
             self._counts -= present
             raise
         self._expected_counts[:] = self._counts
+        self._tell_dtensors(gradients, clear)
         if as_before and self._can_watch and can_watch([g for g in gradients if g is not None]):
             self._watch = Watch(
                 self._parameters,
@@ -167,6 +180,21 @@ class Binding:
                 self._foundation,
                 self._plans[0][0].addresses,
             )
+
+    def _squares(self, gradients: Sequence[torch.Tensor | None], chosen: Collection[int]) -> float:
+        """The sum of the squares of some gradients."""
+        return sum(
+            plan.sum_of_squares([gradients[i] if i in chosen else None for i in members])
+            for plan, members in self._plans
+        )
+
+    def _tell_dtensors(self, gradients: Sequence[torch.Tensor | None], clear: bool) -> None:
+        """What was done to their local parts."""
+        changed = [self._parameters[i] for i in self._sharded if gradients[i] is not None]
+        torch.autograd.graph.increment_version(changed)
+        if clear:  # the local part may have been a copy, gathered from other processes
+            for parameter in changed:
+                parameter.grad.zero_()
 
     def _assign_rows(self) -> None:
         """One row of numbers for each group and step count among the tensors with gradients."""

@@ -12,6 +12,7 @@ from evokernels.errors import OptimizerError
 from evokernels.genome import Genome
 from evokernels.kernels.memory import find_overlap, overlaps_itself
 from evokernels.kernels.plan import ARITHMETIC
+from evokernels.optim.sharding import is_dtensor, lacks_memory, local, placement
 
 __all__ = [
     "check_apart",
@@ -92,7 +93,17 @@ def check_parameter(parameter: torch.Tensor) -> None:
         raise OptimizerError(f"{what} is on the meta device; materialise the model first")
     if parameter.is_neg():  # its memory holds the negated values
         raise OptimizerError(f"{what} is a negated view; call .resolve_neg() before")
-    if overlaps_itself(parameter):
+    if is_dtensor(parameter) and any(part.is_partial() for part in parameter.placements):
+        raise OptimizerError(
+            f"{what} is placed {parameter.placements}; parameters must be sharded or replicated: "
+            "call redistribute before making it a parameter"
+        )
+    if lacks_memory(local(parameter)):
+        raise OptimizerError(
+            f"{what} is a {type(parameter).__name__}, which has no memory of its own that a kernel "
+            "could write; parameters must be torch.nn.Parameter or DTensor"
+        )
+    if overlaps_itself(local(parameter)):
         raise OptimizerError(
             f"{what} and strides {parameter.stride()} has elements that share memory; "
             "call .contiguous() before making it a parameter"
@@ -111,13 +122,18 @@ def check_parameter(parameter: torch.Tensor) -> None:
             f"{gradient.dtype}; both must be the same: call zero_grad() after giving a parameter "
             "new data"
         )
+    if lacks_memory(gradient) and not is_dtensor(parameter):
+        raise OptimizerError(
+            f"the gradient of {what} is a {type(gradient).__name__}, the parameter a plain tensor; "
+            "both must be the same: give it the local part of the gradient"
+        )
 
 
 def check_apart(parameters: list[torch.Tensor]) -> None:
     """Raises OptimizerError if two parameters share memory."""
     unique = dict.fromkeys(parameters)  # of duplicates torch warns
     for device in {parameter.device for parameter in unique}:
-        shared = find_overlap(p for p in unique if p.device == device)
+        shared = find_overlap(local(p) for p in unique if p.device == device)
         if shared:
             shapes = " and ".join(str(tuple(parameter.shape)) for parameter in shared)
             raise OptimizerError(
@@ -127,13 +143,23 @@ def check_apart(parameters: list[torch.Tensor]) -> None:
 
 
 def check_moment(name: str, moment: Any, parameter: torch.Tensor) -> None:
-    """Raises OptimizerError for a moment that is not of the shape of its parameter."""
+    """Raises OptimizerError for a moment that is not shaped and sharded as its parameter."""
     shape = tuple(moment.shape) if isinstance(moment, torch.Tensor) else type(moment).__name__
     if shape != tuple(parameter.shape):
         raise OptimizerError(
             f"{name} of a parameter of shape {tuple(parameter.shape)} is {shape}; "
             "the state belongs to another model"
         )
+    if placement(moment) != placement(parameter):
+        raise OptimizerError(
+            f"{name} of a parameter of shape {shape} is placed {_words(moment)}, the parameter "
+            f"{_words(parameter)}; load the state with "
+            "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, which shards it"
+        )
+
+
+def _words(tensor: torch.Tensor) -> str:
+    return f"{tensor.placements} on {tensor.device_mesh}" if is_dtensor(tensor) else "as a whole"
 
 
 def _is_whole(value: Any) -> bool:

@@ -24,6 +24,8 @@ from evokernels.optim.checks import (
     check_parameter,
     nonnegative,
 )
+from evokernels.optim.compiling import never_compiled
+from evokernels.optim.sharding import local
 
 __all__ = ["FusedEvolvedOptimizer"]
 
@@ -143,7 +145,7 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
             )
             return (wrapped if noticed else func)(self, *args, **kwargs)
 
-        return step
+        return never_compiled(step)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
@@ -203,7 +205,7 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def _bind(self) -> Binding:
-        members, waiting, steps = [], [], []
+        members, waiting, states = [], [], []
         position = 0
         for group in self.param_groups:
             check_group(group)
@@ -215,22 +217,23 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
                     waiting.append(parameter)
                     continue
                 check_parameter(parameter)
+                moments = _moments(rule, parameter, state, _state_dtype(group, parameter))
                 bound = BoundTensor(
                     rule.program,
-                    parameter,
-                    _moments(rule, parameter, state, _state_dtype(group, parameter)),
+                    local(parameter),
+                    {name: local(moment) for name, moment in moments.items()},
                     Rounding(group["seed"], position) if group["stochastic_rounding"] else None,
                 )
                 backend = _select(rule, parameter, self._backend)
                 members.append(Member(parameter, group, rule, backend, bound))
-                steps.append(float(state.get("step", 0.0)))
+                named = {_STATE_NAMES[name]: moment for name, moment in moments.items()}
+                states.append((float(state.get("step", 0.0)), named))
         check_apart([member.parameter for member in members])
         # nothing has changed up to here, and nothing fails from here on
-        all_steps = torch.tensor(steps, dtype=torch.float64)
-        for member, step in zip(members, all_steps, strict=True):
-            moments = {_STATE_NAMES[name]: moment for name, moment in member.bound.moments.items()}
+        steps = torch.tensor([step for step, _ in states], dtype=torch.float64)
+        for member, step, (_, moments) in zip(members, steps, states, strict=True):
             self.state[member.parameter].update(step=step, **moments)
-        return Binding(members, waiting, all_steps, self.param_groups, self.state)
+        return Binding(members, waiting, steps, self.param_groups, self.state)
 
 
 @dataclass(frozen=True)
