@@ -151,6 +151,16 @@ def test_hooks_of_loading_run_in_torchs_order(backend):
     assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 2
 
 
+def test_steps_show_in_a_profile(backend):
+    p = parameter(3)
+    optimizer = ours([p], "adam", backend=backend)
+    with torch.autograd.profiler.profile() as profile:
+        train(optimizer, (p, gradients(1, p)))
+        optimizer.zero_grad()
+    names = {event.key for event in profile.key_averages()}
+    assert {f"Optimizer.{m}#FusedEvolvedOptimizer.{m}" for m in ("step", "zero_grad")} <= names
+
+
 # Copies and states
 
 
