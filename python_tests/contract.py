@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from oracle import assert_near
 from eager import eager_update
+from oracle import assert_near
 from torch import nn
 
 from evokernels import FusedEvolvedOptimizer, Genome, zoo
@@ -23,17 +23,6 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 
 TOTAL_STEPS = 7
 SHAPES = [(17, 9), (33,), (), (0,), (1,)]
-
-PRESETS = {
-    "sgd": Genome(term_types=["GRAD"], lr_log10=-2, wd_log10=-math.inf),
-    "momentum": zoo.sgd_momentum,
-    "rmsprop": zoo.rmsprop,
-    "adam": zoo.adam,
-    "adamw": zoo.adamw,
-    "sign": Genome(term_types=["SIGN_GRAD"], lr_log10=-2, wd_log10=-2),
-    # the published warmup is longer than these tests train
-    "evolved_2025": dataclasses.replace(zoo.evolved_2025, warmup_steps=3),
-}
 
 # Everything that a step can depend on.
 RICH = Genome(
@@ -47,6 +36,17 @@ RICH = Genome(
     warmup_steps=4,
     use_cosine_decay=True,
 )
+
+PRESETS = {
+    "sgd": Genome(term_types=["GRAD"], lr_log10=-2, wd_log10=-math.inf),
+    "momentum": zoo.sgd_momentum,
+    "rmsprop": zoo.rmsprop,
+    "adam": zoo.adam,
+    "adamw": zoo.adamw,
+    "sign": Genome(term_types=["SIGN_GRAD"], lr_log10=-2, wd_log10=-2),
+    # the published warmup is longer than these tests train
+    "evolved_2025": dataclasses.replace(zoo.evolved_2025, warmup_steps=3),
+}
 
 # The same rules in torch.optim, where it has them.
 TORCH = {

@@ -11,7 +11,6 @@ from functools import partial
 
 import pytest
 import torch
-from oracle import DTYPES
 from contract import (
     PRESETS,
     RICH,
@@ -27,6 +26,7 @@ from contract import (
     train,
     trained_by_torch,
 )
+from oracle import DTYPES
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.testing._internal import common_optimizers as torch_inputs
@@ -135,7 +135,8 @@ def test_torchs_inputs(backend, info, given):
     assert_close(p, definition(genome, start, [g if g is None else sign * g for g in gs]))
     if info.name in TORCH:
         if info.name == "momentum":
-            options.update(lr=options["lr"] * (1 - options.pop("betas")[0]), momentum=0.9)
+            beta, _ = options.pop("betas")
+            options.update(lr=options["lr"] * (1 - beta), momentum=beta)
         if info.name in ("sgd", "rmsprop") and "lr" not in options:
             options["lr"] = genome.lr  # torch's default is another one
         assert_close(p, trained_by_torch(info.name, start, gs, **options))
@@ -299,30 +300,31 @@ def test_groups_may_be_empty(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [(), (1,)], ids=str)
-def test_numbers_may_be_tensors(backend, shape, dtype):
-    def number(value):
-        return torch.full(shape, value, dtype=dtype)
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [("lr", [0.02]), ("betas", [0.7, 0.9]), ("eps", [1e-3]), ("weight_decay", [0.3])],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_numbers_may_be_tensors(backend, option, values, shape, dtype):
+    tensors = [torch.full(shape, value, dtype=dtype) for value in values]
+    p, q = parameter(5), parameter(5)
 
-    ps = parameter(5), parameter(5)
-    options = {
-        "lr": number(0.02),
-        "betas": (number(0.7), number(0.9)),
-        "eps": number(1e-3),
-        "weight_decay": number(0.3),
-    }
-    as_floats = {k: v.item() for k, v in options.items() if k != "betas"}
-    as_floats["betas"] = tuple(beta.item() for beta in options["betas"])
-    optimizers = [
-        ours([{"params": p, **given}], RICH, backend=backend)
-        for p, given in zip(ps, (options, as_floats), strict=True)
-    ]
-    for p, optimizer in zip(ps, optimizers, strict=True):
-        train(optimizer, (p, gradients(2, p)))
-    options["lr"].mul_(0.5)  # as a captured or a compiled scheduler does
-    optimizers[1].param_groups[0]["lr"] = options["lr"].item()
-    for p, optimizer in zip(ps, optimizers, strict=True):
-        train(optimizer, (p, gradients(2, p)))
-    assert torch.equal(*ps)
+    def given(numbers):
+        return {option: tuple(numbers) if option == "betas" else numbers[0]}
+
+    groups = (
+        [{"params": p, **given(tensors)}],
+        [{"params": q, **given([t.item() for t in tensors])}],
+    )
+    optimizers = [ours(group, RICH, backend=backend) for group in groups]
+    for optimizer, x in zip(optimizers, (p, q), strict=True):
+        train(optimizer, (x, gradients(2, x)))
+    for tensor in tensors:
+        tensor.mul_(0.5)  # in place, as schedulers change a tensor
+    optimizers[1].param_groups[0].update(given([t.item() for t in tensors]))
+    for optimizer, x in zip(optimizers, (p, q), strict=True):
+        train(optimizer, (x, gradients(2, x)))
+    assert torch.equal(p, q)
 
 
 @pytest.mark.parametrize(
@@ -369,9 +371,8 @@ SCHEDULERS = {
 }
 # each entry is a list of schedulers that act one after the other
 SETS = {name: [make] for name, make in SCHEDULERS.items()}
-SETS.update(
-    {f"torch's {i}": makes for i, makes in enumerate(torch_inputs.optim_db[-2].scheduler_inputs)}
-)
+(SGD,) = (i for i in torch_inputs.optim_db if i.name == "SGD")  # has the most schedulers
+SETS.update({f"torch's {i}": makes for i, makes in enumerate(SGD.scheduler_inputs)})
 
 
 @pytest.mark.parametrize("name", SETS)

@@ -9,7 +9,6 @@ import pickle
 
 import pytest
 import torch
-from oracle import DTYPES
 from contract import (
     BF16,
     FP16,
@@ -28,6 +27,7 @@ from contract import (
     train,
     twins,
 )
+from oracle import DTYPES
 from torch.nn.utils import clip_grad_norm_
 
 from evokernels import Genome, zoo

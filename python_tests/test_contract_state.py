@@ -9,7 +9,6 @@ import pickle
 
 import pytest
 import torch
-from oracle import DTYPES
 from contract import (
     PRESETS,
     RICH,
@@ -20,6 +19,7 @@ from contract import (
     snapshot,
     train,
 )
+from oracle import DTYPES
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim import optimizer as torch_optimizer
@@ -149,6 +149,16 @@ def test_hooks_of_loading_run_in_torchs_order(backend):
     optimizer.load_state_dict(state)
     assert seen == ["first", "second", torch.float64]
     assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 2
+
+
+def test_steps_show_in_a_profile(backend):
+    p = parameter(3)
+    optimizer = ours([p], "adam", backend=backend)
+    with torch.autograd.profiler.profile() as profile:
+        train(optimizer, (p, gradients(1, p)))
+        optimizer.zero_grad()
+    names = {event.key for event in profile.key_averages()}
+    assert {f"Optimizer.{m}#FusedEvolvedOptimizer.{m}" for m in ("step", "zero_grad")} <= names
 
 
 # Copies and states

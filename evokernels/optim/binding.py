@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from evokernels.compiler.lower import Rule
@@ -17,7 +16,7 @@ from evokernels.kernels.cpu import CpuPlan
 from evokernels.kernels.memory import memory_keys
 from evokernels.kernels.plan import Backend, BoundTensor, Numbers, Plan
 from evokernels.kernels.watch import Watch, can_watch
-from evokernels.optim.checks import check_parameter, nonnegative
+from evokernels.optim.checks import beta_pair, check_parameter, nonnegative
 from evokernels.optim.sharding import PLAIN, SumOverShards, local_gradient
 from evokernels.schedule import learning_rate_factor
 
@@ -146,7 +145,7 @@ class Binding:
                 check_parameter(parameter)
         present = [gradient is not None for gradient in gradients]
         as_before = present == self._present
-        if not as_before or not np.array_equal(self._counts, self._expected_counts):
+        if not as_before or (self._counts != self._expected_counts).any():
             self._rows = []  # tensors with gradients in the same steps keep counting alike
         self._present = present
         self._counts += present
@@ -213,13 +212,13 @@ class Binding:
         """The scalars of step `t` for the tensors that share group and count with tensor `i`."""
         group, rule = self._members[i].group, self._members[i].rule
         lr = nonnegative("lr", group["lr"])
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = beta_pair(group["betas"])
         values = scalar_values(
             lr=lr * learning_rate_factor(rule.genome, t - 1, group["total_steps"]),
-            weight_decay=group["weight_decay"],
+            weight_decay=nonnegative("weight_decay", group["weight_decay"]),
             beta1=beta1,
             beta2=beta2,
-            eps=group["eps"],
+            eps=nonnegative("eps", group["eps"]),
             clip=rule.genome.clip_value,
             t=t,
             gradient_factor=-factor if group["maximize"] else factor,

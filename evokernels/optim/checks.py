@@ -15,7 +15,9 @@ from evokernels.kernels.plan import ARITHMETIC
 from evokernels.optim.sharding import is_dtensor, lacks_memory, local, placement
 
 __all__ = [
+    "beta_pair",
     "check_apart",
+    "check_flag",
     "check_genome",
     "check_group",
     "check_moment",
@@ -39,11 +41,7 @@ def check_group(group: dict[str, Any]) -> None:
     check_genome(genome)
     for name in ("lr", "eps", "weight_decay"):
         nonnegative(name, group[name])
-    betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise OptimizerError(f"betas must be two numbers in [0, 1), got {betas!r}")
-    for beta in betas:
-        nonnegative("betas", beta, below=1.0)
+    beta_pair(group["betas"])
     if group.get("amsgrad"):  # of torch's Adam
         raise OptimizerError("amsgrad=True asks for a rule that no genome has; set it to False")
     if group.get("decoupled_weight_decay") is False and group["weight_decay"]:
@@ -59,8 +57,7 @@ def check_group(group: dict[str, Any]) -> None:
     if total_steps is not None and not (_is_whole(total_steps) and total_steps > 0):
         raise OptimizerError(f"total_steps must be a positive whole number, got {total_steps!r}")
     for name in ("maximize", "stochastic_rounding"):
-        if not isinstance(group[name], bool):
-            raise OptimizerError(f"{name} must be True or False, got {group[name]!r}")
+        check_flag(name, group[name])
     if group["state_dtype"] not in (None, torch.float32, torch.bfloat16):
         raise OptimizerError(
             "state_dtype must be None, torch.float32 or torch.bfloat16, "
@@ -70,8 +67,16 @@ def check_group(group: dict[str, Any]) -> None:
         raise OptimizerError(f"seed must be a whole number in [0, 2^64), got {group['seed']!r}")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raises OptimizerError for anything but True and False."""
+    if not isinstance(value, bool):
+        raise OptimizerError(f"{name} must be True or False, got {value!r}")
+
+
 def nonnegative(name: str, value: Any, below: float = math.inf) -> float:
     """The value as a float in [0, `below`); raises OptimizerError naming the option."""
+    if type(value) is float and 0.0 <= value < below:  # every step asks
+        return value
     try:
         number = float(value)
     except (TypeError, ValueError, RuntimeError):  # no number, or a tensor of several
@@ -79,6 +84,14 @@ def nonnegative(name: str, value: Any, below: float = math.inf) -> float:
     if not 0.0 <= number < below:
         raise OptimizerError(f"{name} must lie in [0, {below:g}), got {value!r}")
     return number
+
+
+def beta_pair(betas: Any) -> tuple[float, float]:
+    """Both as floats in [0, 1); raises OptimizerError."""
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise OptimizerError(f"betas must be two numbers in [0, 1), got {betas!r}")
+    beta1, beta2 = betas
+    return nonnegative("betas", beta1, 1.0), nonnegative("betas", beta2, 1.0)
 
 
 def check_parameter(parameter: torch.Tensor) -> None:

@@ -18,6 +18,7 @@ from evokernels.kernels.registry import select
 from evokernels.optim.binding import Binding, Member
 from evokernels.optim.checks import (
     check_apart,
+    check_flag,
     check_genome,
     check_group,
     check_moment,
@@ -94,7 +95,8 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
     ) -> None:
         check_genome(genome)
         if max_grad_norm is not None:
-            nonnegative("max_grad_norm", max_grad_norm)
+            max_grad_norm = nonnegative("max_grad_norm", max_grad_norm)
+        check_flag("zero_grads", zero_grads)
         self.max_grad_norm = max_grad_norm
         self.zero_grads = zero_grads
         self._backend = backend
@@ -174,10 +176,12 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state in plain values and tensors; genomes as dicts."""
-        state = super().state_dict()
-        for group in state["param_groups"]:
-            group["genome"] = group["genome"].to_dict()
-        return state
+        # the first hook to run, so that those of the user see what is saved
+        pack = self.register_state_dict_post_hook(_pack_genomes, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            pack.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of `state_dict`: genome, options, moments and step counts, lossless."""
@@ -193,11 +197,13 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
         self._binding = None
         for group in self.param_groups:
             for parameter in group["params"]:
-                for name, value in self.state.get(parameter, {}).items():
+                state = self.state.get(parameter, {})
+                for name, value in state.items():
                     if isinstance(value, _Uncast):
-                        self.state[parameter][name] = value.tensor.to(
-                            parameter.device, _state_dtype(group, parameter), copy=True
-                        )
+                        dtype = _state_dtype(group, parameter)
+                        state[name] = value.tensor.to(parameter.device, dtype, copy=True)
+                if isinstance(state.get("step"), torch.Tensor):  # torch shares it with its source
+                    state["step"] = state["step"].clone()
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's list leaves out what a subclass adds; the binding points into memory
@@ -234,6 +240,11 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
         for member, step, (_, moments) in zip(members, steps, states, strict=True):
             self.state[member.parameter].update(step=step, **moments)
         return Binding(members, waiting, steps, self.param_groups, self.state)
+
+
+def _pack_genomes(optimizer: FusedEvolvedOptimizer, state_dict: dict[str, Any]) -> None:
+    for group in state_dict["param_groups"]:
+        group["genome"] = group["genome"].to_dict()
 
 
 @dataclass(frozen=True)
