@@ -8,6 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from cases import layouts
 from oracle import DTYPES, SHAPES, assert_near, eager_steps, exact_steps, random_genome
 
 from evokernels import FusedEvolvedOptimizer, Genome, Term, zoo
@@ -97,30 +98,6 @@ def test_a_term_that_is_not_there_adds_nothing(backend):
     train(sign, [p], [[torch.tensor([float("inf"), -2.0, 0.0])]], backend)
     # 0 * inf of the gradient term that the cover kernel has too, and 0 * -inf of the decay
     assert torch.equal(p.detach(), torch.tensor([0.9, 1.1, float("-inf")]))
-
-
-def layouts(dtype):
-    """Parameters and gradients that lie differently, with guarded memory around the parameters."""
-    guarded = torch.full((3, 64, 40), 7.0, dtype=dtype)
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape):
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    guarded[1, 8:41, 5:28] = random(33, 23)
-    channels = random(5, 4, 3, 3)
-    return guarded, {
-        "transposed parameter": (random(23, 33).t(), random(33, 23)),
-        "transposed gradient": (random(33, 23), random(23, 33).t()),
-        "both transposed": (random(23, 33).t(), random(23, 33).t()),
-        "channels last": (channels.to(memory_format=torch.channels_last), random(5, 4, 3, 3)),
-        "size one": (random(4, 1, 3, 3), random(4, 1, 3, 3).to(memory_format=torch.channels_last)),
-        "sliced parameter": (guarded[1, 8:41, 5:28], random(33, 23)),
-        "sliced gradient": (random(33, 23), random(66, 46)[::2, ::2]),
-        "expanded gradient": (random(33, 23), random(1, 1).expand(33, 23)),
-        "long": (random(1000, 3).t(), random(3, 1000)),
-        "scalar": (random()[None][0], random(1).expand(3)[1]),
-    }
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
