@@ -406,6 +406,25 @@ def check_gradients_are_cleared_wherever_they_are(rank, folder):
         assert gradient._version > version
 
 
+@in_two_processes
+def check_shards_are_rounded_by_random_numbers_of_their_own(rank, folder):
+    mesh = init_device_mesh("cpu", (2,))
+    ones = torch.ones(128, dtype=torch.bfloat16)
+
+    def rounded(values, seed):
+        p = nn.Parameter(values)
+        optimizer = FusedEvolvedOptimizer([p], zoo.adamw, stochastic_rounding=True, seed=seed)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        return whole(p)
+
+    first, second = rounded(distribute_tensor(ones, mesh, [Shard(0)]), seed=5).chunk(2)
+    assert not torch.equal(first, second)
+    alone = rounded(ones.clone(), seed=5)
+    assert torch.equal(first, alone[:64])
+    assert torch.equal(rounded(distribute_tensor(ones, mesh, [Replicate()]), seed=5), alone)
+
+
 # Saving and loading
 
 
