@@ -68,6 +68,8 @@ int32_t evk_look(const evk_watch *watch, void *groups, void *state, void **addre
         if (!gradient != !seen->tensor) return 0;
         addresses[i] = NULL;
         if (gradient && !looks_the_same(f, gradient, seen, &addresses[i])) return 0;
+        /* classes that only wrap other tensors have no address of their own; empty ones neither */
+        if (!addresses[i] != !seen->address) return 0;
     }
     for (int64_t i = 0; i < watch->moment_count; ++i)
         if (f->get_data_ptr(watch->moments[i], &address) || address != watch->moment_addresses[i])

@@ -95,6 +95,11 @@ def expected(genome="evolved_2025", dtype=torch.float32, steps=STEPS):
     return wholes(model)
 
 
+def assert_near(actual, right):
+    for a, b in zip(actual, right, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
 def assert_same(actual, right):
     assert len(actual) == len(right)
     for i, (a, b) in enumerate(zip(actual, right, strict=True)):
@@ -164,8 +169,7 @@ def check_half_batches_train_as_the_whole_one(rank, folder):
         for kind in SPREAD:
             model, optimizer = training(kind, genome, dtype=torch.float64)
             train(model, optimizer, [batch(i, torch.float64).chunk(2)[rank] for i in range(STEPS)])
-            for actual, value in zip(wholes(model), right, strict=True):
-                torch.testing.assert_close(actual, value, rtol=1e-9, atol=1e-9)
+            assert_near(wholes(model), right)
 
 
 @in_two_processes
@@ -350,11 +354,75 @@ def check_a_norm_includes_every_shard_once(rank, folder):
 
 
 def sum_of_squares(tensors):
-    over_shards = SumOverShards(tensors)
-    assert sorted(i for group in over_shards.groups for i in group) == list(range(len(tensors)))
-    return over_shards(
-        [sum((local(tensors[i]) ** 2).sum().item() for i in g) for g in over_shards.groups]
-    )
+    seen = []
+
+    def local_sum(members):
+        seen.extend(members)
+        return sum((local(tensors[i]) ** 2).sum().item() for i in members)
+
+    total = SumOverShards(tensors)(local_sum)
+    assert sorted(seen) == list(range(len(tensors)))
+    return total
+
+
+@in_two_processes
+def check_the_norm_of_all_gradients_is_limited(rank, folder):
+    batches = [batch(i, torch.float64) for i in range(STEPS)]
+
+    def limited(kind, batches):
+        model, optimizer = training(kind, "adamw", dtype=torch.float64, max_grad_norm=1e-3)
+        train(model, optimizer, batches)
+        return wholes(model)
+
+    right = limited("plain", batches)
+    assert not torch.equal(right[0], expected("adamw", torch.float64)[0])
+    for kind in SPREAD:
+        assert_near(limited(kind, [x.chunk(2)[rank] for x in batches]), right)
+
+    partly = network(dtype=torch.float64)
+    fully_shard(partly[0])
+    optimizer = FusedEvolvedOptimizer(partly.parameters(), zoo.adamw, max_grad_norm=1e-3)
+    with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduce:
+        train(partly, optimizer, batches)
+    assert reduce.call_count == STEPS  # one in each, for all shards together
+    assert_near(wholes(partly), right)
+
+
+@in_two_processes
+def check_gradients_are_cleared_wherever_they_are(rank, folder):
+    mesh = init_device_mesh("cpu", (2,))
+    for gradient in (
+        distribute_tensor(torch.ones(5), mesh, [Shard(0)]),
+        DTensor.from_local(torch.ones(5), mesh, [Partial()]),  # kernels see a copy
+    ):
+        p = nn.Parameter(distribute_tensor(torch.ones(5), mesh, [Shard(0)]))
+        optimizer = FusedEvolvedOptimizer([p], zoo.adamw, zero_grads=True)
+        p.grad = gradient
+        version = gradient._version
+        optimizer.step()
+        assert not whole(p).eq(1).any()
+        assert p.grad is gradient
+        assert not whole(gradient).any()
+        assert gradient._version > version
+
+
+@in_two_processes
+def check_shards_are_rounded_by_random_numbers_of_their_own(rank, folder):
+    mesh = init_device_mesh("cpu", (2,))
+    ones = torch.ones(128, dtype=torch.bfloat16)
+
+    def rounded(values, seed):
+        p = nn.Parameter(values)
+        optimizer = FusedEvolvedOptimizer([p], zoo.adamw, stochastic_rounding=True, seed=seed)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        return whole(p)
+
+    first, second = rounded(distribute_tensor(ones, mesh, [Shard(0)]), seed=5).chunk(2)
+    assert not torch.equal(first, second)
+    alone = rounded(ones.clone(), seed=5)
+    assert torch.equal(first, alone[:64])
+    assert torch.equal(rounded(distribute_tensor(ones, mesh, [Replicate()]), seed=5), alone)
 
 
 # Saving and loading

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from evokernels import FusedEvolvedOptimizer, zoo
 from evokernels.errors import BackendError
@@ -81,6 +82,10 @@ def negated_view(optimizer, ps, waiting):
 
 def sparse_gradient(optimizer, ps, waiting):
     ps[0].grad = normal(4, seed=9).to_sparse()
+
+
+def gradient_without_memory(optimizer, ps, waiting):
+    ps[0].grad = TwoTensor(normal(4, seed=9), normal(4, seed=9))
 
 
 def parameter_moved(optimizer, ps, waiting):
@@ -174,6 +179,7 @@ def parameters_in_a_tuple(optimizer, ps, waiting):
 
 NOTICED = [
     *(no_gradient, waiting_gradient, transposed_gradient, negated_view, sparse_gradient),
+    *(gradient_without_memory,),
     *(parameter_moved, parameter_transposed, parameter_swapped, parameter_resized),
     *(moment_replaced, moment_moved, steps_replaced, steps_in_place),
     *(state_cleared, state_of_one_gone, something_more_in_the_state),

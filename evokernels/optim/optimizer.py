@@ -26,12 +26,16 @@ from evokernels.optim.checks import (
     nonnegative,
 )
 from evokernels.optim.compiling import never_compiled
-from evokernels.optim.sharding import local
+from evokernels.optim.sharding import local, shard_number
 
 __all__ = ["FusedEvolvedOptimizer"]
 
 # Names of the moments in `state`: torch's own, so that Adam's state can be read.
 _STATE_NAMES = {"m": "exp_avg", "v": "exp_avg_sq"}
+
+# Between the seeds of the shards of a tensor: 2^64 over the golden ratio, which keeps them off the
+# small numbers that people choose.
+_SEEDS_APART = 0x9E3779B97F4A7C15
 
 
 class FusedEvolvedOptimizer(torch.optim.Optimizer):
@@ -228,7 +232,7 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
                     rule.program,
                     local(parameter),
                     {name: local(moment) for name, moment in moments.items()},
-                    Rounding(group["seed"], position) if group["stochastic_rounding"] else None,
+                    _rounding(group, parameter, position),
                 )
                 backend = _select(rule, parameter, self._backend)
                 members.append(Member(parameter, group, rule, backend, bound))
@@ -298,6 +302,14 @@ def _moments(
 
 def _state_dtype(group: dict[str, Any], parameter: torch.Tensor) -> torch.dtype:
     return group["state_dtype"] or ARITHMETIC[parameter.dtype]
+
+
+def _rounding(group: dict[str, Any], parameter: torch.Tensor, position: int) -> Rounding | None:
+    """Shards draw bits of their own, replicas the same."""
+    if not group["stochastic_rounding"]:
+        return None
+    seed = group["seed"] + shard_number(parameter) * _SEEDS_APART
+    return Rounding(seed % 2**64, position)
 
 
 def _select(rule: Rule, parameter: torch.Tensor, backend: str) -> Backend:

@@ -23,6 +23,7 @@ __all__ = [
     "local",
     "local_gradient",
     "placement",
+    "shard_number",
 ]
 
 # Classes that are certainly neither DTensors nor other wrappers around tensors.
@@ -70,6 +71,17 @@ def local_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
 def placement(tensor: torch.Tensor) -> tuple[Any, ...] | None:
     """Where the parts of a DTensor are; equal if their local parts belong together."""
     return (tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else None
+
+
+def shard_number(tensor: torch.Tensor) -> int:
+    """Which part of a tensor this process holds: 0 for all of it, one number for equal parts."""
+    number = 0
+    if is_dtensor(tensor):
+        mesh = tensor.device_mesh
+        for dimension, part in enumerate(tensor.placements):
+            if not part.is_replicate():
+                number = number * mesh.size(dimension) + mesh.get_local_rank(dimension)
+    return number
 
 
 class SumOverShards:
