@@ -480,7 +480,7 @@ def test_relaunch_takes_gradients_from_the_addresses(threads):
     assert plan.addresses is addresses
     for a, b in zip(actual, expected, strict=True):
         assert all(map(same_bits, everything(a), everything(b)))
-    assert [b.parameter._version - v for b, v in zip(actual, versions, strict=True)] == [1, 1, 0]
+    assert [b.parameter._version for b in actual] == versions  # that is left to the caller
     assert not any(g.any() for g in steps[1][:2])
 
 

@@ -75,6 +75,13 @@ class CpuPlan:
         self._numbers = _NumbersTable([])
         self._spans = (native.Span * count)(*((None, None, i) for i in range(count)))
         self.addresses = (ctypes.c_void_p * count)()
+        self._library = native.library()
+        # plain numbers are what ctypes passes fastest
+        self._count = count
+        self._arrays = [
+            ctypes.addressof(array)
+            for array in (self._records, self.addresses, self._rows, self._spans)
+        ]
 
     def run(
         self,
@@ -105,15 +112,10 @@ class CpuPlan:
 
     def launch(self, clear: bool = False) -> None:
         """The native call alone, with the gradients and numbers of the last run."""
-        native.library().evk_step(
-            self._records,
-            self.addresses,
-            self._numbers.records,
-            self._rows,
-            len(self._records),
-            torch.get_num_threads(),
-            clear,
-            self._spans,
+        records, addresses, rows, spans = self._arrays
+        threads = torch.get_num_threads()
+        self._library.evk_step(
+            records, addresses, self._numbers.address, rows, self._count, threads, clear, spans
         )
 
     def sum_of_squares(self, gradients: Sequence[torch.Tensor | None]) -> float:
@@ -123,8 +125,9 @@ class CpuPlan:
 
     def squares(self) -> float:
         """`sum_of_squares` with `addresses` as they are."""
-        return native.library().evk_sum_of_squares(
-            self._records, self.addresses, len(self._records), torch.get_num_threads()
+        records, addresses, _, _ = self._arrays
+        return self._library.evk_sum_of_squares(
+            records, addresses, self._count, torch.get_num_threads()
         )
 
     def _look_at(self, gradients: Sequence[torch.Tensor | None]) -> None:
@@ -216,9 +219,11 @@ class _NumbersTable:
             self._known.append([cover.absent[role] for role in absent])
             self._picks.append(operator.itemgetter(*order))
             self._scalars.append((ctypes.c_double * len(order))())
-        self.records = (native.NumbersRecord * len(numbers))(
+        records = (native.NumbersRecord * len(numbers))(
             *((ctypes.cast(s, ctypes.POINTER(ctypes.c_double)), 0) for s in self._scalars)
         )
+        self._records = list(records)
+        self.address = ctypes.addressof(records)
 
     def fits(self, numbers: Sequence[Numbers]) -> bool:
         """Whether the rows are of the programs for which it was made."""
@@ -228,9 +233,9 @@ class _NumbersTable:
 
     def write(self, numbers: Sequence[Numbers]) -> None:
         """Values for the scalars of each row's cover."""
-        for i, row in enumerate(numbers):
-            self._scalars[i][:] = self._picks[i]((*row.values, *self._known[i]))
-            self.records[i].t = row.t
+        for i, (_, values, t) in enumerate(numbers):
+            self._scalars[i][:] = self._picks[i]((*values, *self._known[i]))
+            self._records[i].t = t
 
 
 def _record(bound: BoundTensor) -> native.TensorRecord:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -52,8 +52,7 @@ class BoundTensor:
     rounding: Rounding | None = None
 
 
-@dataclass(frozen=True)
-class Numbers:
+class Numbers(NamedTuple):
     """Values for the scalars of a program, in its order; shared by the tensors of a group.
 
     Attributes:
