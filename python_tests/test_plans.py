@@ -17,6 +17,7 @@ from evokernels import FusedEvolvedOptimizer, Genome, Term, zoo
 from evokernels.compiler.evaluate import reference_step
 from evokernels.compiler.lower import lower
 from evokernels.compiler.terms import genome_scalars
+from evokernels.errors import OptimizerError
 from evokernels.kernels import native
 from evokernels.kernels.plan import ARITHMETIC, STATE_DTYPES, BoundTensor, Numbers, Rounding
 from evokernels.kernels.registry import BACKENDS
@@ -177,6 +178,13 @@ def test_moments_are_rounded_once(backend, dtype):
     run(MOMENTUM, [tensor], [g], backend)
     assert tensor.moments["m"].isnan().tolist() == [True, False, False]
     assert tensor.moments["m"][1:].tolist() == [math.inf, -math.inf]
+
+
+def test_moments_of_other_formats_are_an_error():
+    for dtype, state in itertools.product(DTYPES, DTYPES):
+        if state not in STATE_DTYPES[dtype]:
+            with pytest.raises(OptimizerError, match=f"is {state}; it may be {ARITHMETIC[dtype]}"):
+                bound(MOMENTUM, torch.zeros(3, dtype=dtype), state)
 
 
 # stochastic rounding
