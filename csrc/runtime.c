@@ -156,9 +156,8 @@ void evk_step(const evk_tensor *tensors, void *const *gradients, const evk_numbe
     const int64_t total = elements_of(tensors, gradients, count);
     const int clear_afterwards = clear && share_memory(tensors, gradients, count, spans);
     const int clear_at_once = clear && !clear_afterwards;
-    if (total <= SMALL) threads = 1;
 #ifdef _OPENMP
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads) if (threads > 1 && total > SMALL)
     {
         const int64_t team = omp_get_num_threads(), self = omp_get_thread_num();
         const int64_t share = (total / team / SHARE + 1) * SHARE;
@@ -166,6 +165,7 @@ void evk_step(const evk_tensor *tensors, void *const *gradients, const evk_numbe
                      smaller((self + 1) * share, total), clear_at_once);
     }
 #else
+    (void)threads;
     update_range(tensors, gradients, numbers, rows, count, 0, total, clear_at_once);
 #endif
     for (int64_t i = 0; clear_afterwards && i < count; ++i)

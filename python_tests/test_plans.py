@@ -18,6 +18,7 @@ from evokernels import FusedEvolvedOptimizer, Genome, Term, zoo
 from evokernels.compiler.evaluate import reference_step
 from evokernels.compiler.lower import lower
 from evokernels.compiler.terms import genome_scalars
+from evokernels.errors import OptimizerError
 from evokernels.kernels import native
 from evokernels.kernels.plan import ARITHMETIC, STATE_DTYPES, BoundTensor, Numbers, Rounding
 from evokernels.kernels.registry import BACKENDS
@@ -178,6 +179,13 @@ def test_moments_are_rounded_once(backend, dtype):
     run(MOMENTUM, [tensor], [g], backend)
     assert tensor.moments["m"].isnan().tolist() == [True, False, False]
     assert tensor.moments["m"][1:].tolist() == [math.inf, -math.inf]
+
+
+def test_moments_of_other_formats_are_an_error():
+    for dtype, state in itertools.product(DTYPES, DTYPES):
+        if state not in STATE_DTYPES[dtype]:
+            with pytest.raises(OptimizerError, match=f"is {state}; it may be {ARITHMETIC[dtype]}"):
+                bound(MOMENTUM, torch.zeros(3, dtype=dtype), state)
 
 
 # stochastic rounding
@@ -357,7 +365,7 @@ def test_ranges_may_end_anywhere(dtype, state):
         plan._look_at([g])
         for first, end in itertools.pairwise(ends):
             native.library().evk_update(
-                plan._records, plan.addresses[0], plan._numbers.records, first, end, 1
+                plan._arrays[0], plan.addresses[0], plan._numbers.address, first, end, 1
             )
             assert not g[:end].any()
             assert end == 2999 or g[end:].any()
@@ -516,7 +524,7 @@ def test_offsets_beyond_32_bits(step, rounding):
     for middle in {2**31 // step, 2**31, BEYOND - 3000}:
         gradient[middle - 1000 : middle + 1000] = -2
         native.library().evk_update(
-            plan._records, plan.addresses[0], table.records, middle - 999, middle + 999, 1
+            plan._arrays[0], plan.addresses[0], table.address, middle - 999, middle + 999, 1
         )
         near = parameter[middle - 1001 : middle + 1001]
         assert near[:3].tolist() == near[-3:].flip(0).tolist() == [0, 0, 1]

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from evokernels.compiler.program import Program
+from evokernels.errors import OptimizerError
 
 __all__ = ["ARITHMETIC", "STATE_DTYPES", "Backend", "BoundTensor", "Numbers", "Plan", "Rounding"]
 
@@ -50,6 +51,15 @@ class BoundTensor:
     parameter: torch.Tensor
     moments: dict[str, torch.Tensor]
     rounding: Rounding | None = None
+
+    def __post_init__(self) -> None:
+        allowed = STATE_DTYPES[self.parameter.dtype]
+        for name, moment in self.moments.items():
+            if moment.dtype not in allowed:
+                raise OptimizerError(
+                    f"moment {name} of a {self.parameter.dtype} parameter is {moment.dtype}; "
+                    f"it may be {', '.join(map(str, allowed))}"
+                )
 
 
 class Numbers(NamedTuple):
