@@ -20,19 +20,19 @@ _package = types.ModuleType("evokernels")
 _package.__path__ = [str(ROOT / "evokernels")]
 sys.modules["evokernels"] = _package
 
-from evokernels.compiler.render_c import DTYPES, render_covers  # noqa: E402
+from evokernels.compiler.render_c import STORED, render_covers  # noqa: E402
 
 
 class BuildKernels(build_ext):
-    """Render one C file for each element type, then compile as usual."""
+    """Render one C file for each way of storing parameters and moments, then compile as usual."""
 
     def build_extension(self, ext: Extension) -> None:
         """Add the generated sources and build the library."""
         generated = pathlib.Path(self.build_temp) / "generated"
         generated.mkdir(parents=True, exist_ok=True)
-        for dtype in DTYPES:
-            source = generated / f"covers_{dtype}.c"
-            source.write_text(render_covers(dtype))
+        for dtype, state in STORED:
+            source = generated / f"covers_{dtype}_{state}.c"
+            source.write_text(render_covers(dtype, state))
             ext.sources.append(str(source))
         super().build_extension(ext)
 
@@ -43,7 +43,7 @@ class BuildKernels(build_ext):
 
 native = Extension(
     "evokernels.kernels.libevokernels",
-    sources=["csrc/runtime.c"],
+    sources=["csrc/runtime.c", "csrc/staging.c", "csrc/random.c", "csrc/squares.c", "csrc/look.c"],
     depends=sorted(glob.glob("csrc/*.h") + glob.glob("evokernels/compiler/*.py")),
     include_dirs=["csrc"],
     libraries=["m"],

@@ -1,5 +1,5 @@
 /* Loading and storing elements: storage types are float, double and the two 16-bit formats,
- * arithmetic is in float or double. Stores round once, to nearest even.
+ * arithmetic is in float or double. Stores round once, to nearest even, or stochastically.
  *
  * The 16-bit conversions are integer arithmetic with selects, no branches: every compiler turns
  * them into vector code for every instruction set, and none depends on flush-to-zero mode. */
@@ -35,6 +35,24 @@ static inline uint16_t store_bfloat16(float x) {
     const uint32_t bits = bits_of(x);
     const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     return (uint16_t)(x == x ? rounded : 0x7fc0); /* rounding could carry a NaN into infinity */
+}
+
+/* Rounded up with the probability that makes the mean exact, by 16 random bits. From the largest
+ * finite bfloat16 on there is no next one to make a mean with: there to nearest, so that exactly
+ * the same numbers overflow. */
+static inline uint16_t store_bfloat16_stochastic(float x, uint16_t random) {
+    const uint32_t bits = bits_of(x);
+    const uint32_t nearest = 0x7fff + (bits >> 16 & 1);
+    const uint32_t rounded = (bits + ((bits & 0x7fffffff) >= 0x7f7f0000 ? nearest : random)) >> 16;
+    return (uint16_t)(x == x ? rounded : 0x7fc0);
+}
+
+/* A double as a float from which a bfloat16 is rounded as from the double itself: towards zero,
+ * the last bit set where anything was lost (Boldo & Melquiond 2008, rounding to odd). */
+static inline float narrowed(double x) {
+    const float near = (float)x;
+    const uint32_t bits = bits_of(near) - (fabs((double)near) > fabs(x));
+    return x == x ? float_of(bits | ((double)near != x)) : near;
 }
 
 /* float16: 5 exponent bits (bias 15, float: 127) and 10 of mantissa (float: 23). */

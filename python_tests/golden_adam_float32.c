@@ -4,33 +4,35 @@ EVK_CLONES void adam(void *p_tensor, const void *g_tensor, void *m_tensor,
     const float *restrict g_ = g_tensor;
     float *restrict m_ = m_tensor;
     float *restrict v_ = v_tensor;
-    const float k0 = (float)scalars[0]; /* 1 - beta1 */
-    const float k1 = (float)scalars[1]; /* beta1 */
-    const float k2 = (float)scalars[2]; /* 1 - beta2 */
-    const float k3 = (float)scalars[3]; /* beta2 */
-    const float k4 = (float)scalars[4]; /* weight of p */
-    const float k5 = (float)scalars[5]; /* weight of m / (sqrt(v) + 1) */
-    const float k6 = (float)scalars[6]; /* weight of sqrt(v) in / (sqrt(v) + 1) */
-    const float k7 = (float)scalars[7]; /* weight of 1 in / (sqrt(v) + 1) */
+    const float k0 = (float)scalars[0]; /* gradient_factor */
+    const float k1 = (float)scalars[1]; /* 1 - beta1 */
+    const float k2 = (float)scalars[2]; /* beta1 */
+    const float k3 = (float)scalars[3]; /* 1 - beta2 */
+    const float k4 = (float)scalars[4]; /* beta2 */
+    const float k5 = (float)scalars[5]; /* weight of p */
+    const float k6 = (float)scalars[6]; /* weight of m / (sqrt(v) + 1) */
+    const float k7 = (float)scalars[7]; /* weight of sqrt(v) in / (sqrt(v) + 1) */
+    const float k8 = (float)scalars[8]; /* weight of 1 in / (sqrt(v) + 1) */
     for (int64_t i = 0; i < n; ++i) {
         const float p = load_float32(p_[i]);
         const float g = load_float32(g_[i]);
-        const float m = m_[i];
-        const float v = v_[i];
-        const float t0 = k1 * m;
-        const float t1 = fmaf(k0, g, t0);
-        const float t2 = k2 * g;
-        const float t3 = k3 * v;
-        const float t4 = fmaf(t2, g, t3);
-        const float t5 = k4 != 0 ? k4 * p : 0;
-        const float t6 = k5 != 0 ? k5 * t1 : 0;
-        const float t7 = sqrtf(t4);
-        const float t8 = fmaf(k6, t7, k7);
-        const float t9 = t6 / t8;
-        const float t10 = t5 + t9;
-        const float t11 = p - t10;
-        p_[i] = store_float32(t11);
-        m_[i] = t1;
-        v_[i] = t4;
+        const float m = load_float32(m_[i]);
+        const float v = load_float32(v_[i]);
+        const float t0 = k0 * g;
+        const float t1 = k2 * m;
+        const float t2 = fmaf(k1, t0, t1);
+        const float t3 = k3 * t0;
+        const float t4 = k4 * v;
+        const float t5 = fmaf(t3, t0, t4);
+        const float t6 = k5 != 0 ? k5 * p : 0;
+        const float t7 = k6 != 0 ? k6 * t2 : 0;
+        const float t8 = sqrtf(t5);
+        const float t9 = fmaf(k7, t8, k8);
+        const float t10 = t7 / t9;
+        const float t11 = t6 + t10;
+        const float t12 = p - t11;
+        p_[i] = store_float32(t12);
+        m_[i] = store_float32(t2);
+        v_[i] = store_float32(t5);
     }
 }

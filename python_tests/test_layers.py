@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "zoo": {"genome", "errors"},
     "schedule": {"genome", "errors"},
     "compiler": {"genome", "errors", "numpy"},
-    "kernels": {"compiler", "errors", "torch", "triton", "cuda"},
+    "kernels": {"compiler", "errors", "numpy", "torch", "triton", "cuda"},
     "optim": {"kernels", "compiler", "genome", "schedule", "errors", "torch"},
     "explain": {"kernels", "compiler", "genome", "errors", "torch"},
     "tasks": {"errors", "numpy", "torch", "torchvision"},

@@ -383,6 +383,10 @@ def test_a_state_of_plain_values():
         "eps": RICH.eps,
         "weight_decay": RICH.weight_decay,
         "total_steps": 9,
+        "maximize": False,
+        "state_dtype": None,
+        "stochastic_rounding": False,
+        "seed": 0,
     }
     assert set(state["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
     assert optimizer.param_groups[0]["genome"] is RICH  # packing the state left it alone
@@ -457,7 +461,7 @@ def test_a_failed_load_changes_nothing(backend):
         (with_group(genome=zoo.evolved_2025.to_dict()), OptimizerError, "total_steps="),
         (with_group(genome="adam"), OptimizerError, "genome must be an evokernels.Genome"),
         (with_group(lr=-1.0), OptimizerError, "lr must lie in"),
-        (with_group(maximize=True), OptimizerError, "maximize=True"),
+        (with_group(maximize=2), OptimizerError, "maximize must be True or False"),
         (with_group(amsgrad=True), OptimizerError, "amsgrad=True"),
     ]
     optimizer = optimizer_of((4,))
@@ -786,7 +790,17 @@ BAD_GROUPS = [
         OptimizerError,
         "got dict; take one from evokernels.zoo",
     ),
-    (None, {"maximize": True}, OptimizerError, "maximize=True asks for a rule that no genome has"),
+    (None, {"amsgrad": True}, OptimizerError, "amsgrad=True asks for a rule that no genome has"),
+    (None, {"maximize": "yes"}, OptimizerError, "maximize must be True or False, got 'yes'"),
+    (None, {"stochastic_rounding": 1}, OptimizerError, "stochastic_rounding must be True or False"),
+    (None, {"seed": -1}, OptimizerError, "seed must be a whole number in [0, 2^64), got -1"),
+    (None, {"seed": 1.0}, OptimizerError, "seed must be a whole number"),
+    (
+        None,
+        {"state_dtype": torch.float16},
+        OptimizerError,
+        "state_dtype must be None, torch.float32 or torch.bfloat16, got torch.float16",
+    ),
     # torch's own
     (lambda: parameter(2) * 1, {}, ValueError, "can't optimize a non-leaf Tensor"),
     (lambda: [1.0], {}, TypeError, "optimizer can only optimize Tensors"),

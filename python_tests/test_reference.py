@@ -53,9 +53,9 @@ BY_HAND = [
 ]
 
 
-def one(genome, g=-0.5, t=2, lr_factor=1.0):
+def one(genome, g=-0.5, t=2, lr_factor=1.0, gradient_factor=1.0):
     arrays = [np.array([x]) for x in (2.0, g, 0.25, 0.09)]
-    return [float(x[0]) for x in reference_step(genome, *arrays, t, lr_factor)]
+    return [float(x[0]) for x in reference_step(genome, *arrays, t, lr_factor, gradient_factor)]
 
 
 @pytest.mark.parametrize(("term", "genes", "value"), BY_HAND)
@@ -67,6 +67,17 @@ def test_term_by_hand(term, genes, value):
     expected_m = 0.125 + 0.5 * g if genes.get("use_m", True) else 0.25
     expected_v = 0.0675 + 0.25 * g * g if genes.get("use_v", True) else 0.09
     assert (m, v) == (pytest.approx(expected_m, rel=1e-14), pytest.approx(expected_v, rel=1e-14))
+
+
+def test_the_gradient_is_scaled_before_it_is_clipped():
+    genome = Genome(
+        term_types=["GRAD"], **PLAIN, use_v=False, use_gradient_clipping=True, clip_value=0.2
+    )
+    for factor, g in ((-1.0, 0.2), (0.25, -0.125), (10.0, -0.2), (0.0, 0.0)):
+        p, m, _ = one(genome, gradient_factor=factor)
+        assert (p, m) == (pytest.approx(2 - 0.1 * g), pytest.approx(0.125 + 0.5 * g)), factor
+    # a factor of zero is a number like any other, not the absence of the gradient
+    assert math.isnan(one(genome, g=math.inf, gradient_factor=0.0)[0])
 
 
 def test_decay_and_schedule_by_hand():
@@ -134,11 +145,12 @@ def test_compiled_program_and_source_system_agree_with_the_reference(seed):
     eager = [torch.from_numpy(x.copy()) for x in (p, m, v)]
     for t in range(1, 5):
         g = rng.standard_normal(50)
-        p, m, v = reference_step(genome, p, g, m, v, t)
+        factor = (1.0, -1.0, 0.25, 1 / 3)[t - 1]
+        p, m, v = reference_step(genome, p, g, m, v, t, gradient_factor=factor)
         compiled["g"] = g
-        numbers = rule.numbers(**genome_scalars(genome, t))
-        compiled.update(run_program(rule.program, compiled, numbers))
-        eager_update(genome, eager[0], torch.from_numpy(g), *eager[1:], t, genome.lr)
+        scalars = {**genome_scalars(genome, t), "gradient_factor": factor}
+        compiled.update(run_program(rule.program, compiled, rule.numbers(**scalars)))
+        eager_update(genome, eager[0], torch.from_numpy(factor * g), *eager[1:], t, genome.lr)
         np.testing.assert_allclose(compiled["p"], p, rtol=1e-11, atol=1e-12)
         np.testing.assert_allclose(eager[0].numpy(), p, rtol=1e-11, atol=1e-12)
         for name, exact in (("m", m), ("v", v)):

@@ -27,22 +27,26 @@ def reference_step(
     v: np.ndarray,
     t: int,
     lr_factor: float = 1.0,
+    gradient_factor: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One step of a genome on float64 arrays of one shape, straight from the definition.
 
     Args:
         t: number of this step, from 1.
         lr_factor: what the schedule makes of the learning rate (`learning_rate_factor`).
+        gradient_factor: what the gradient is multiplied with before anything else.
 
     Returns:
         The new (p, m, v); a moment that the genome does not use is returned as it came.
     """
     values = {"p": p, "g": g, "m": m, "v": v, **terms.genome_scalars(genome, t, lr_factor)}
+    values["gradient_factor"] = gradient_factor
 
     def value(formula: Expr) -> np.ndarray:
         return compiled(formula)(**values)[0]
 
     with np.errstate(all="ignore"):
+        values["g"] = value(terms.SCALED_GRADIENT)
         if genome.use_gradient_clipping:
             values["g"] = value(terms.CLIPPED_GRADIENT)
         if genome.use_m:

@@ -40,7 +40,8 @@ class Rule:
     Attributes:
         program: the structure; genomes that differ in numbers only share it.
         formulas: the scalar formula of each of ``program.scalars``, over ``lr``,
-            ``weight_decay``, ``beta1``, ``beta2``, ``bias1``, ``bias2``, ``eps``, ``clip``.
+            ``weight_decay``, ``beta1``, ``beta2``, ``bias1``, ``bias2``, ``eps``, ``clip``,
+            ``gradient_factor``.
     """
 
     genome: Genome
@@ -83,6 +84,7 @@ def weighted_terms(genome: Genome, moments: Mapping[Symbol, Expr]) -> Expr:
 def assemble(update: Linear, *, clipping: bool) -> tuple[Program, tuple[Expr, ...]]:
     """Pass 4: the program that applies an update, and the formulas of its scalars."""
     assembler = _Assembler()
+    assembler.values[terms.g] = assembler.value(terms.SCALED_GRADIENT)
     if clipping:
         assembler.values[terms.g] = assembler.value(terms.CLIPPED_GRADIENT)
     read = {symbol for atom in update for symbol in symbols_of(atom)}

@@ -1,4 +1,4 @@
-"""Program → C: one function a program and element type, a plain loop that the compiler vectorises.
+"""Program → C: a plain loop for each program and its dtypes, which the compiler vectorises.
 
 The function updates ``n`` consecutive elements::
 
@@ -16,50 +16,61 @@ from evokernels.compiler.covers import COVERS, Cover
 from evokernels.compiler.ops import OPS
 from evokernels.compiler.program import Program
 
-__all__ = ["DTYPES", "cover_symbol", "render_covers", "render_function"]
+__all__ = ["DTYPES", "STORED", "cover_symbol", "render_covers", "render_function"]
 
 
 @dataclass(frozen=True)
 class ElementType:
-    """How parameters of one dtype are stored, and in what they are computed."""
+    """How elements of one dtype are stored, and the dtype in which parameters are computed."""
 
     storage: str
-    real: str  # arithmetic, and the type in which moments are kept
-    suffix: str  # of functions of the C library
+    arithmetic: str
 
 
 DTYPES = {
-    "float32": ElementType("float", "float", "f"),
-    "float64": ElementType("double", "double", ""),
-    "bfloat16": ElementType("uint16_t", "float", "f"),
-    "float16": ElementType("uint16_t", "float", "f"),
+    "float32": ElementType("float", "float32"),
+    "float64": ElementType("double", "float64"),
+    "bfloat16": ElementType("uint16_t", "float32"),
+    "float16": ElementType("uint16_t", "float32"),
 }
 
+# Of the functions of the C library, for each arithmetic.
+_SUFFIXES = {"float32": "f", "float64": ""}
 
-def render_function(program: Program, dtype: str, name: str) -> str:
-    """The C function of a program for parameters and gradients of one dtype."""
-    element = DTYPES[dtype]
-    real = element.real
-    storage = {"p": element.storage, "g": element.storage}
+# Dtypes of parameters and of their moments for which there are kernels. Other pairs go through
+# buffers and the kernels of the arithmetic type.
+STORED = (
+    ("float32", "float32"),
+    ("float64", "float64"),
+    ("bfloat16", "float32"),
+    ("float16", "float32"),
+    ("float32", "bfloat16"),
+    ("bfloat16", "bfloat16"),
+)
+
+
+def render_function(program: Program, dtype: str, state: str, name: str) -> str:
+    """The C function of a program for parameters and gradients of one dtype, moments of another."""
+    arithmetic = DTYPES[dtype].arithmetic
+    real, suffix = DTYPES[arithmetic].storage, _SUFFIXES[arithmetic]
+    dtypes = {"p": dtype, "g": dtype, "m": state, "v": state}
     results = dict(program.results)
 
     def load(value: str) -> str:
-        text = f"{value}_[i]"
-        return f"load_{dtype}({text})" if value in storage else text
+        return f"load_{dtypes[value]}({value}_[i])"
 
     def store(value: str) -> str:
-        text = results[value]
-        return f"store_{dtype}({text})" if value in storage else text
+        return f"store_{dtypes[value]}({results[value]})"
 
     def pointer(value: str) -> str:
         const = "" if value in results else "const "
-        return f"{const}{storage.get(value, real)} *restrict {value}_ = {value}_tensor;"
+        return f"{const}{DTYPES[dtypes[value]].storage} *restrict {value}_ = {value}_tensor;"
 
     def scalar(i: int, role: str) -> str:
         return f"const {real} k{i} = ({real})scalars[{i}]; /* {role} */"
 
     def assignment(target: str, op: str, args: tuple[str, ...]) -> str:
-        return f"const {real} {target} = {OPS[op].c.format(*args, f=element.suffix)};"
+        return f"const {real} {target} = {OPS[op].c.format(*args, f=suffix)};"
 
     unused = "".join(f"    (void){s}_tensor;\n" for s in "mv" if s not in program.state)
     return (
@@ -77,17 +88,23 @@ def render_function(program: Program, dtype: str, name: str) -> str:
     )
 
 
-def render_covers(dtype: str) -> str:
-    """A C file with every cover kernel of one dtype."""
+def render_covers(dtype: str, state: str) -> str:
+    """A C file with every cover kernel of parameters of one dtype with moments of another.
+
+    Those without moments come with moments of the arithmetic type.
+    """
     functions = (
-        render_function(cover.program, dtype, cover_symbol(cover, dtype)) for cover in COVERS
+        render_function(cover.program, dtype, state, cover_symbol(cover, dtype, state))
+        for cover in COVERS
+        if cover.program.state or state == DTYPES[dtype].arithmetic
     )
     return "\n".join(['#include "kernels.h"\n', *functions])
 
 
-def cover_symbol(cover: Cover, dtype: str) -> str:
+def cover_symbol(cover: Cover, dtype: str, state: str) -> str:
     """The name of a cover kernel in the native library."""
-    return f"evk_{cover.name}_{dtype}"
+    stored = cover.program.state and state != DTYPES[dtype].arithmetic
+    return f"evk_{cover.name}_{dtype}" + (f"_{state}" if stored else "")
 
 
 def _indented(depth: int, lines: Iterable[str]) -> str:

@@ -14,6 +14,11 @@ lr, weight_decay, beta1, beta2, bias1, bias2, eps, clip = (
     Symbol(name, per_element=False)
     for name in ("lr", "weight_decay", "beta1", "beta2", "bias1", "bias2", "eps", "clip")
 )
+# no part of the rule: what the training loop does to all gradients of a step
+gradient_factor = Symbol("gradient_factor", per_element=False)
+
+# before anything else: every formula below sees the scaled gradient as g
+SCALED_GRADIENT = gradient_factor * g
 
 CLIPPED_GRADIENT = clamp(g, -clip, clip)
 
@@ -50,6 +55,7 @@ def scalar_values(
     eps: float,
     clip: float,
     t: int,
+    gradient_factor: float = 1.0,
 ) -> dict[str, float]:
     """The values of the scalar symbols, by name, in step `t` (from 1)."""
     return {
@@ -62,6 +68,7 @@ def scalar_values(
         "bias2": 1.0 - beta2**t,
         "eps": eps,
         "clip": clip,
+        "gradient_factor": gradient_factor,
     }
 
 

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from evokernels.compiler.covers import find_cover
 from evokernels.compiler.program import Program
-from evokernels.compiler.render_c import cover_symbol
+from evokernels.compiler.render_c import STORED, cover_symbol
 from evokernels.errors import BackendError, OptimizerError
 from evokernels.kernels import native
-from evokernels.kernels.memory import lie_alike_and_densely
+from evokernels.kernels.memory import (
+    lies_densely,
+    memory_order,
+    overlaps_itself,
+    strided_rows,
+)
 from evokernels.kernels.plan import ARITHMETIC, BoundTensor, Numbers
 
-__all__ = ["CpuBackend"]
+__all__ = ["CpuBackend", "CpuPlan"]
 
 
 class CpuBackend:
@@ -37,60 +44,103 @@ class CpuBackend:
 
     def kernel(self, program: Program, dtype: torch.dtype) -> str:
         """Name and instruction set."""
-        return f"{_symbol(program, dtype)} ({native.instruction_set()})"
+        return f"{_symbol(program, dtype, ARITHMETIC[dtype])} ({native.instruction_set()})"
 
-    def bind(self, tensors: Sequence[BoundTensor]) -> _CpuPlan:
+    def bind(self, tensors: Sequence[BoundTensor]) -> CpuPlan:
         """A plan over these tensors."""
-        return _CpuPlan(tensors)
+        return CpuPlan(tensors)
 
 
-class _CpuPlan:
-    """Static pointers of all tensors in one table; only gradients and numbers change."""
+class CpuPlan:
+    """All tensors in one table; from step to step only gradients and numbers change.
+
+    Attributes:
+        addresses: of the gradients, NULL where there is none. Whoever knows that these are all
+            that has changed since the last `run`, numbers aside, may write them and `relaunch`.
+    """
 
     def __init__(self, tensors: Sequence[BoundTensor]) -> None:
         count = len(tensors)
-        programs = {id(bound.program): bound.program for bound in tensors}
-        self._arrangements = {key: _arrangement(program) for key, program in programs.items()}
         self._tensors = tensors
+        self._orders = [memory_order(bound.parameter) for bound in tensors]
+        self._kernels = [_Kernels.of(*pair) for pair in zip(tensors, self._orders, strict=True)]
+        self._layouts = [_layouts(*pair) for pair in zip(tensors, self._orders, strict=True)]
         self._records = (native.TensorRecord * count)(*map(_record, tensors))
-        self._layouts: list[_Layout | None] = [None] * count
+        for record, layouts in zip(self._records, self._layouts, strict=True):
+            for name, layout in layouts.items():
+                record.layouts[native.OPERANDS[name]] = layout.pointer
         self._gradient_keys: list[tuple | None] = [None] * count
         self._updated: list[torch.Tensor] = []  # parameters that have a gradient
-        self._gradients = (ctypes.c_void_p * count)()
         self._rows = (ctypes.c_int32 * count)()
+        self._numbers = _NumbersTable([])
+        self._spans = (native.Span * count)(*((None, None, i) for i in range(count)))
+        self.addresses = (ctypes.c_void_p * count)()
+        self._library = native.library()
+        # plain numbers are what ctypes passes fastest
+        self._count = count
+        self._arrays = [
+            ctypes.addressof(array)
+            for array in (self._records, self.addresses, self._rows, self._spans)
+        ]
 
     def run(
         self,
         gradients: Sequence[torch.Tensor | None],
         rows: Sequence[int],
         numbers: Sequence[Numbers],
+        *,
+        clear: bool = False,
     ) -> None:
+        """One step, as `Plan` says."""
+        self._look_at(gradients)
+        self._rows[:] = rows
+        if not self._numbers.fits(numbers):
+            self._numbers = _NumbersTable(numbers)
+        self.relaunch(numbers, clear)
+        # autograd does not see writes through pointers: tell it, as in-place operations do
+        torch.autograd.graph.increment_version(self._updated)
+        if clear:
+            torch.autograd.graph.increment_version([g for g in gradients if g is not None])
+
+    def relaunch(self, numbers: Sequence[Numbers], clear: bool = False) -> None:
+        """`run` with `addresses` as they are: all else but the numbers is as in the last one.
+
+        Autograd is not told.
+        """
+        self._numbers.write(numbers)
+        self.launch(clear)
+
+    def launch(self, clear: bool = False) -> None:
+        """The native call alone, with the gradients and numbers of the last run."""
+        records, addresses, rows, spans = self._arrays
+        threads = torch.get_num_threads()
+        self._library.evk_step(
+            records, addresses, self._numbers.address, rows, self._count, threads, clear, spans
+        )
+
+    def sum_of_squares(self, gradients: Sequence[torch.Tensor | None]) -> float:
+        """As `Plan` says; the same for every number of threads."""
+        self._look_at(gradients)
+        return self.squares()
+
+    def squares(self) -> float:
+        """`sum_of_squares` with `addresses` as they are."""
+        records, addresses, _, _ = self._arrays
+        return self._library.evk_sum_of_squares(
+            records, addresses, self._count, torch.get_num_threads()
+        )
+
+    def _look_at(self, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Take the gradients' addresses, and adapt to how they lie where that has changed."""
         keys = [
             None if g is None else (g.stride(), g.shape, g.dtype, g.is_neg()) for g in gradients
         ]
         if keys != self._gradient_keys:
             self._adapt(gradients, keys)
-        self._gradients[:] = [None if g is None else g.data_ptr() for g in gradients]
-        self._rows[:] = rows
-        scalars = [self._arrangements[id(row.program)](row.values) for row in numbers]
-        self._scalars = (ctypes.POINTER(ctypes.c_double) * len(scalars))(*scalars)
-        self.launch()
-        # autograd does not see writes through pointers: tell it, as in-place operations do
-        torch.autograd.graph.increment_version(self._updated)
-
-    def launch(self) -> None:
-        """The native call alone, with the gradients and numbers of the last run."""
-        native.library().evk_step(
-            self._records,
-            self._gradients,
-            self._scalars,
-            self._rows,
-            len(self._records),
-            torch.get_num_threads(),
-        )
+        self.addresses[:] = [None if g is None else g.data_ptr() for g in gradients]
 
     def _adapt(self, gradients: Sequence[torch.Tensor | None], keys: list[tuple | None]) -> None:
-        """Choose the flat or the strided path of each tensor for gradients as they lie now."""
+        """Choose kernel and layout of each tensor for gradients as they lie now."""
         known = self._gradient_keys
         self._gradient_keys = [None] * len(keys)  # an error below leaves nothing half known
         for i, (bound, gradient) in enumerate(zip(self._tensors, gradients, strict=True)):
@@ -103,62 +153,120 @@ class _CpuPlan:
                     f"parameter {parameter.dtype} of shape {tuple(parameter.shape)}; both must be "
                     "the same, and no negated view"
                 )
-            operands = (parameter, gradient, *bound.moments.values())
-            flat = lie_alike_and_densely(operands)
-            self._layouts[i] = None if flat else _Layout(bound, gradient)
-            self._records[i].layout = None if flat else self._layouts[i].pointer
+            dense = lies_densely(gradient, self._orders[i])
+            layout = None if dense else _Layout(gradient, self._orders[i])
+            record, kernels = self._records[i], self._kernels[i]
+            self._layouts[i]["g"] = layout  # keeps the memory to which the record points
+            record.layouts[native.OPERANDS["g"]] = layout and layout.pointer
+            record.gradient_overlaps = overlaps_itself(gradient)
+            record.staged = kernels.direct is None or not dense
+            record.kernel = kernels.staged if record.staged else kernels.direct
         self._gradient_keys = keys
         self._updated = [
             bound.parameter for bound, key in zip(self._tensors, keys, strict=True) if key
         ]
 
 
+@dataclass(frozen=True)
+class _Kernels:
+    """Addresses of the kernels that can update a tensor.
+
+    Attributes:
+        direct: reads and writes the tensors themselves, if their gradient lies as they do; None
+            where that cannot be.
+        staged: reads and writes buffers of the arithmetic type.
+    """
+
+    direct: int | None
+    staged: int
+
+    @classmethod
+    def of(cls, bound: BoundTensor, order: Sequence[int]) -> _Kernels:
+        dtype, moments = bound.parameter.dtype, bound.moments.values()
+        arithmetic = ARITHMETIC[dtype]
+        staged = native.kernel_address(_symbol(bound.program, arithmetic, arithmetic))
+        states = {moment.dtype for moment in moments} or {arithmetic}
+        stored = (_name(dtype), *map(_name, states))
+        stochastic = bound.rounding and torch.bfloat16 in {dtype, *states}
+        dense = all(lies_densely(tensor, order) for tensor in (bound.parameter, *moments))
+        if stored not in STORED or stochastic or not dense:
+            return cls(None, staged)
+        return cls(native.kernel_address(_symbol(bound.program, dtype, *states)), staged)
+
+
 class _Layout:
     """An evk_layout and the memory it points to."""
 
-    def __init__(self, bound: BoundTensor, gradient: torch.Tensor) -> None:
-        operands = (bound.parameter, gradient, bound.moments.get("m"), bound.moments.get("v"))
-        numbers = ctypes.c_int64 * gradient.dim()
-        self._shape = numbers(*gradient.shape)
-        self._strides = [t if t is None else numbers(*t.stride()) for t in operands]
-        addresses = [ctypes.cast(s, ctypes.POINTER(ctypes.c_int64)) for s in self._strides]
-        layout = native.Layout(
-            gradient.dim(),
-            ctypes.cast(self._shape, ctypes.POINTER(ctypes.c_int64)),
-            (ctypes.POINTER(ctypes.c_int64) * 4)(*addresses),
+    def __init__(self, tensor: torch.Tensor, order: Sequence[int]) -> None:
+        shape, strides = zip(*strided_rows(tensor, order), strict=True)
+        numbers = ctypes.c_int64 * len(shape)
+        self._memory = numbers(*shape), numbers(*strides)
+        addresses = [ctypes.cast(m, ctypes.POINTER(ctypes.c_int64)) for m in self._memory]
+        self.pointer = ctypes.pointer(native.Layout(len(shape), *addresses))
+
+
+class _NumbersTable:
+    """Room for the numbers of a step, in the order in which kernels take them."""
+
+    def __init__(self, numbers: Sequence[Numbers]) -> None:
+        self._programs = [row.program for row in numbers]
+        self._known, self._picks, self._scalars = [], [], []
+        for program in self._programs:
+            cover = find_cover(program)
+            absent = [role for role in cover.program.scalars if role not in program.scalars]
+            roles = [*program.scalars, *absent]
+            order = [roles.index(role) for role in cover.program.scalars]
+            self._known.append([cover.absent[role] for role in absent])
+            self._picks.append(operator.itemgetter(*order))
+            self._scalars.append((ctypes.c_double * len(order))())
+        records = (native.NumbersRecord * len(numbers))(
+            *((ctypes.cast(s, ctypes.POINTER(ctypes.c_double)), 0) for s in self._scalars)
         )
-        self.pointer = ctypes.pointer(layout)
+        self._records = list(records)
+        self.address = ctypes.addressof(records)
+
+    def fits(self, numbers: Sequence[Numbers]) -> bool:
+        """Whether the rows are of the programs for which it was made."""
+        return len(numbers) == len(self._programs) and all(
+            row.program is program for row, program in zip(numbers, self._programs, strict=True)
+        )
+
+    def write(self, numbers: Sequence[Numbers]) -> None:
+        """Values for the scalars of each row's cover."""
+        for i, (_, values, t) in enumerate(numbers):
+            self._scalars[i][:] = self._picks[i]((*values, *self._known[i]))
+            self._records[i].t = t
 
 
 def _record(bound: BoundTensor) -> native.TensorRecord:
-    parameter, moments = bound.parameter, bound.moments
-    return native.TensorRecord(
-        kernel=native.kernel_address(_symbol(bound.program, parameter.dtype)),
-        p=parameter.data_ptr(),
-        m=moments["m"].data_ptr() if "m" in moments else None,
-        v=moments["v"].data_ptr() if "v" in moments else None,
-        elements=parameter.numel(),
-        element_size=parameter.element_size(),
-        moment_size=ARITHMETIC[parameter.dtype].itemsize,
+    """What does not depend on the gradient."""
+    parameter, rounding = bound.parameter, bound.rounding
+    tensors = {"p": parameter, **bound.moments}
+    record = native.TensorRecord(
+        elements=parameter.numel(), float64=ARITHMETIC[parameter.dtype] == torch.float64
     )
+    for name, tensor in tensors.items():
+        record.tensors[native.OPERANDS[name]] = tensor.data_ptr()
+        record.formats[native.OPERANDS[name]] = native.FORMATS[tensor.dtype]
+    record.formats[native.OPERANDS["g"]] = native.FORMATS[parameter.dtype]
+    if rounding:
+        record.stochastic, record.seed, record.position = True, rounding.seed, rounding.position
+    return record
 
 
-def _arrangement(program: Program) -> Callable[[Sequence[float]], ctypes.Array]:
-    """A function from the scalars of a program to those of its cover."""
-    cover = find_cover(program)
-    absent = [role for role in cover.program.scalars if role not in program.scalars]
-    known = [cover.absent[role] for role in absent]
-    roles = [*program.scalars, *absent]
-    order = [roles.index(role) for role in cover.program.scalars]
-    array = ctypes.c_double * len(order)
-
-    def arranged(values: Sequence[float]) -> ctypes.Array:
-        candidates = [*values, *known]
-        return array(*[candidates[i] for i in order])
-
-    return arranged
+def _layouts(bound: BoundTensor, order: Sequence[int]) -> dict[str, _Layout | None]:
+    """Of parameter and moments, where they do not lie densely in the parameter's order."""
+    return {
+        name: _Layout(tensor, order)
+        for name, tensor in {"p": bound.parameter, **bound.moments}.items()
+        if not lies_densely(tensor, order)
+    }
 
 
-def _symbol(program: Program, dtype: torch.dtype) -> str:
+def _symbol(program: Program, dtype: torch.dtype, state: torch.dtype) -> str:
     """The name of the kernel in the native library."""
-    return cover_symbol(find_cover(program), str(dtype).removeprefix("torch."))
+    return cover_symbol(find_cover(program), _name(dtype), _name(state))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -9,6 +9,11 @@ import torch
 
 from evokernels.compiler.program import Program, interpret
 from evokernels.kernels.plan import ARITHMETIC, BoundTensor, Numbers
+from evokernels.kernels.rounding import (
+    random_bits,
+    round_to_bfloat16,
+    round_to_bfloat16_stochastically,
+)
 
 __all__ = ["EagerBackend"]
 
@@ -79,14 +84,34 @@ class _EagerPlan:
         gradients: Sequence[torch.Tensor | None],
         rows: Sequence[int],
         numbers: Sequence[Numbers],
+        *,
+        clear: bool = False,
     ) -> None:
         for bound, gradient, row in zip(self._tensors, gradients, rows, strict=True):
             if gradient is None:
                 continue
             arithmetic = ARITHMETIC[bound.parameter.dtype]
-            inputs = {"p": bound.parameter.to(arithmetic), "g": gradient.to(arithmetic)}
-            inputs.update(bound.moments)
+            tensors = {"p": bound.parameter, **bound.moments}
+            inputs = {name: t.to(arithmetic) for name, t in (*tensors.items(), ("g", gradient))}
             results = interpret(bound.program, inputs, numbers[row].values, _MEANINGS)
-            bound.parameter.copy_(results.pop("p"))
             for name, value in results.items():
-                bound.moments[name].copy_(value)
+                tensors[name].copy_(_rounded(value, name, bound, numbers[row].t))
+        if clear:  # only now: gradients may share memory
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.zero_()
+
+    @torch.no_grad()
+    def sum_of_squares(self, gradients: Sequence[torch.Tensor | None]) -> float:
+        return sum(float(g.double().square().sum()) for g in gradients if g is not None)
+
+
+def _rounded(value: torch.Tensor, name: str, bound: BoundTensor, t: int) -> torch.Tensor:
+    """What is stored for "p" or a moment, where torch's own conversion would not do."""
+    dtype = (bound.parameter if name == "p" else bound.moments[name]).dtype
+    if dtype != torch.bfloat16:
+        return value
+    if bound.rounding is None:
+        return round_to_bfloat16(value)
+    random = random_bits(bound.parameter, name, bound.rounding, t)
+    return round_to_bfloat16_stochastically(value, random)

@@ -6,7 +6,14 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-__all__ = ["find_overlap", "lie_alike_and_densely", "memory_keys", "overlaps_itself"]
+__all__ = [
+    "find_overlap",
+    "lies_densely",
+    "memory_keys",
+    "memory_order",
+    "overlaps_itself",
+    "strided_rows",
+]
 
 
 def memory_keys(tensors: Iterable[torch.Tensor]) -> list[tuple]:
@@ -17,24 +24,30 @@ def memory_keys(tensors: Iterable[torch.Tensor]) -> list[tuple]:
     return [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors]
 
 
-def lie_alike_and_densely(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether tensors of one shape each fill a block of memory, all in the same order.
+def memory_order(tensor: torch.Tensor) -> list[int]:
+    """The dimensions of more than one element, the one with the longest stride first."""
+    dimensions = [d for d, size in enumerate(tensor.shape) if size > 1]
+    return sorted(dimensions, key=tensor.stride, reverse=True)
 
-    Then the i-th element in memory is the same one in all of them. Strides of dimensions of size 1
-    say nothing: torch gives them whatever value it likes.
+
+def strided_rows(tensor: torch.Tensor, order: Sequence[int]) -> list[tuple[int, int]]:
+    """Sizes and strides by which the elements are walked in an order of dimensions.
+
+    Dimensions that continue each other are one; what is dense in this order is one row of stride 1.
     """
-    strides = {
-        tuple((d, s) for d, (s, n) in enumerate(zip(t.stride(), t.shape, strict=True)) if n > 1)
-        for t in tensors
-    }
-    if len(strides) > 1:
-        return False
-    expected = 1
-    for dimension, stride in sorted(strides.pop(), key=lambda pair: pair[1]):
-        if stride != expected:
-            return False
-        expected *= tensors[0].shape[dimension]
-    return True
+    rows: list[tuple[int, int]] = []
+    for dimension in order:
+        size, stride = tensor.shape[dimension], tensor.stride(dimension)
+        if rows and rows[-1][1] == size * stride:
+            size *= rows.pop()[0]
+        rows.append((size, stride))
+    return rows
+
+
+def lies_densely(tensor: torch.Tensor, order: Sequence[int] | None = None) -> bool:
+    """Whether the elements fill a block of memory, in an order of dimensions or in any."""
+    rows = strided_rows(tensor, memory_order(tensor) if order is None else order)
+    return all(stride == 1 for _, stride in rows)
 
 
 def overlaps_itself(tensor: torch.Tensor) -> bool:
@@ -63,7 +76,7 @@ def find_overlap(tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.T
     for start, end, _, tensor in spans:
         open_spans = [(other_end, other) for other_end, other in open_spans if other_end > start]
         for _, other in open_spans:
-            dense = lie_alike_and_densely([tensor]) and lie_alike_and_densely([other])
+            dense = lies_densely(tensor) and lies_densely(other)
             # columns of one matrix interleave without sharing anything: look at the elements
             if dense or torch.isin(_addresses(tensor), _addresses(other)).any():
                 return other, tensor

@@ -6,22 +6,40 @@ import ctypes
 import functools
 import pathlib
 
-import torch  # noqa: F401  first, so that the library shares torch's OpenMP runtime and threads
+import torch  # first, so that the library shares torch's OpenMP runtime and threads
 
 from evokernels.errors import BackendError
 
-__all__ = ["Layout", "TensorRecord", "instruction_set", "kernel_address", "library"]
+__all__ = [
+    "FORMATS",
+    "OPERANDS",
+    "Layout",
+    "NumbersRecord",
+    "Span",
+    "TensorRecord",
+    "instruction_set",
+    "kernel_address",
+    "library",
+    "library_with_lock",
+]
 
 PATH = pathlib.Path(__file__).with_name("libevokernels.so")
 
 
+# The place of each tensor in arrays of four: EVK_P and so on.
+OPERANDS = {"p": 0, "g": 1, "m": 2, "v": 3}
+
+# EVK_FLOAT32 and so on.
+FORMATS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
 class Layout(ctypes.Structure):
-    """evk_layout; strides in elements, in the order p, g, m, v."""
+    """evk_layout."""
 
     _fields_ = (
         ("dimensions", ctypes.c_int64),
         ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64) * 4),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
     )
 
 
@@ -30,13 +48,32 @@ class TensorRecord(ctypes.Structure):
 
     _fields_ = (
         ("kernel", ctypes.c_void_p),
-        ("p", ctypes.c_void_p),
-        ("m", ctypes.c_void_p),
-        ("v", ctypes.c_void_p),
+        ("tensors", ctypes.c_void_p * 4),
+        ("layouts", ctypes.POINTER(Layout) * 4),
         ("elements", ctypes.c_int64),
-        ("element_size", ctypes.c_int64),
-        ("moment_size", ctypes.c_int64),
-        ("layout", ctypes.POINTER(Layout)),
+        ("seed", ctypes.c_uint64),
+        ("position", ctypes.c_uint32),
+        ("formats", ctypes.c_int32 * 4),
+        ("float64", ctypes.c_int32),
+        ("stochastic", ctypes.c_int32),
+        ("staged", ctypes.c_int32),
+        ("gradient_overlaps", ctypes.c_int32),
+    )
+
+
+class NumbersRecord(ctypes.Structure):
+    """evk_numbers."""
+
+    _fields_ = (("scalars", ctypes.POINTER(ctypes.c_double)), ("t", ctypes.c_int64))
+
+
+class Span(ctypes.Structure):
+    """evk_span."""
+
+    _fields_ = (
+        ("start", ctypes.c_void_p),
+        ("end", ctypes.c_void_p),
+        ("tensor", ctypes.c_int64),
     )
 
 
@@ -50,16 +87,30 @@ def library() -> ctypes.CDLL:
             f"the native library cannot be loaded ({error}); "
             "install the package where a C compiler is: pip install ."
         ) from None
+    pointer, int32, int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     native.evk_step.restype = None
     native.evk_step.argtypes = (
-        ctypes.POINTER(TensorRecord),
-        ctypes.POINTER(ctypes.c_void_p),
-        ctypes.POINTER(ctypes.POINTER(ctypes.c_double)),
-        ctypes.POINTER(ctypes.c_int32),
-        ctypes.c_int64,
-        ctypes.c_int32,
+        *(pointer, pointer, pointer, pointer, int64, int32, int32, pointer),
     )
+    native.evk_update.restype = None
+    native.evk_update.argtypes = (pointer, pointer, pointer, int64, int64, int32)
+    native.evk_sum_of_squares.restype = ctypes.c_double
+    native.evk_sum_of_squares.argtypes = (pointer, pointer, int64, int32)
     native.evk_instruction_set.restype = ctypes.c_char_p
+    return native
+
+
+@functools.cache
+def library_with_lock() -> ctypes.PyDLL:
+    """The same, for functions that need the interpreter lock: csrc/look.h."""
+    library()
+    native = ctypes.PyDLL(str(PATH))
+    native.evk_look.restype = ctypes.c_int32
+    native.evk_look.argtypes = (
+        *(ctypes.c_void_p, ctypes.py_object, ctypes.py_object, ctypes.c_void_p),
+    )
+    native.evk_commit.restype = None
+    native.evk_commit.argtypes = (ctypes.c_void_p, ctypes.c_int32)
     return native
 
 

@@ -4,38 +4,74 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from evokernels.compiler.program import Program
+from evokernels.errors import OptimizerError
 
-__all__ = ["ARITHMETIC", "Backend", "BoundTensor", "Numbers", "Plan"]
+__all__ = ["ARITHMETIC", "STATE_DTYPES", "Backend", "BoundTensor", "Numbers", "Plan", "Rounding"]
 
-# The dtype in which an update is computed and moments are kept, for each parameter dtype.
-ARITHMETIC = {
-    torch.float32: torch.float32,
-    torch.float64: torch.float64,
-    torch.bfloat16: torch.float32,
-    torch.float16: torch.float32,
+# The dtypes in which moments may be stored, for each parameter dtype; the first is the dtype in
+# which an update is computed, and what moments are unless something else was asked for.
+STATE_DTYPES = {
+    torch.float32: (torch.float32, torch.bfloat16),
+    torch.float64: (torch.float64, torch.float32, torch.bfloat16),
+    torch.bfloat16: (torch.float32, torch.bfloat16),
+    torch.float16: (torch.float32, torch.bfloat16),
 }
+
+# The dtype in which an update is computed, for each parameter dtype.
+ARITHMETIC = {parameter: state[0] for parameter, state in STATE_DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Stochastic rounding of what is stored as bfloat16, parameter and moments.
+
+    Attributes:
+        seed: of 64 bits; chooses the random bits.
+        position: of the parameter in its model, below 2^32; gives it bits of its own.
+    """
+
+    seed: int
+    position: int
 
 
 @dataclass(frozen=True)
 class BoundTensor:
-    """A parameter, its moments by the name the program gives them, and the program itself."""
+    """A parameter, its moments by the name the program gives them, and the program itself.
+
+    A moment's dtype says how it is stored: one of `STATE_DTYPES`. Stores are rounded to nearest
+    unless `rounding` says otherwise.
+    """
 
     program: Program
     parameter: torch.Tensor
     moments: dict[str, torch.Tensor]
+    rounding: Rounding | None = None
+
+    def __post_init__(self) -> None:
+        allowed = STATE_DTYPES[self.parameter.dtype]
+        for name, moment in self.moments.items():
+            if moment.dtype not in allowed:
+                raise OptimizerError(
+                    f"moment {name} of a {self.parameter.dtype} parameter is {moment.dtype}; "
+                    f"it may be {', '.join(map(str, allowed))}"
+                )
 
 
-@dataclass(frozen=True)
-class Numbers:
-    """Values for the scalars of a program, in its order; shared by the tensors of a group."""
+class Numbers(NamedTuple):
+    """Values for the scalars of a program, in its order; shared by the tensors of a group.
+
+    Attributes:
+        t: number of the step, from 1; stochastic rounding draws other bits in every step.
+    """
 
     program: Program
     values: Sequence[float]
+    t: int
 
 
 class Plan(Protocol):
@@ -46,6 +82,8 @@ class Plan(Protocol):
         gradients: Sequence[torch.Tensor | None],
         rows: Sequence[int],
         numbers: Sequence[Numbers],
+        *,
+        clear: bool = False,
     ) -> None:
         """One step.
 
@@ -53,7 +91,11 @@ class Plan(Protocol):
             gradients: one for each bound tensor, of its shape and dtype; None leaves it alone.
             rows: for each bound tensor the entry of `numbers` that it uses.
             numbers: the scalars, of the program to which the tensors that use them are bound.
+            clear: whether the gradients become zero.
         """
+
+    def sum_of_squares(self, gradients: Sequence[torch.Tensor | None]) -> float:
+        """The sum of the squares of all elements of all gradients, added up in float64."""
 
 
 class Backend(Protocol):

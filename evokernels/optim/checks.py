@@ -12,9 +12,12 @@ from evokernels.errors import OptimizerError
 from evokernels.genome import Genome
 from evokernels.kernels.memory import find_overlap, overlaps_itself
 from evokernels.kernels.plan import ARITHMETIC
+from evokernels.optim.sharding import is_dtensor, lacks_memory, local, placement
 
 __all__ = [
+    "beta_pair",
     "check_apart",
+    "check_flag",
     "check_genome",
     "check_group",
     "check_moment",
@@ -38,14 +41,9 @@ def check_group(group: dict[str, Any]) -> None:
     check_genome(genome)
     for name in ("lr", "eps", "weight_decay"):
         nonnegative(name, group[name])
-    betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise OptimizerError(f"betas must be two numbers in [0, 1), got {betas!r}")
-    for beta in betas:
-        nonnegative("betas", beta, below=1.0)
-    for name in ("amsgrad", "maximize"):  # of torch's Adam
-        if group.get(name):
-            raise OptimizerError(f"{name}=True asks for a rule that no genome has; set it to False")
+    beta_pair(group["betas"])
+    if group.get("amsgrad"):  # of torch's Adam
+        raise OptimizerError("amsgrad=True asks for a rule that no genome has; set it to False")
     if group.get("decoupled_weight_decay") is False and group["weight_decay"]:
         raise OptimizerError(
             "this is a state of torch.optim.Adam with weight_decay, which adds to the gradient; "
@@ -56,13 +54,29 @@ def check_group(group: dict[str, Any]) -> None:
             "this genome decays its learning rate by cosine over the whole training; "
             "say how long that is: FusedEvolvedOptimizer(params, genome, total_steps=...)"
         )
-    is_whole = isinstance(total_steps, numbers.Integral) and not isinstance(total_steps, bool)
-    if total_steps is not None and not (is_whole and total_steps > 0):
+    if total_steps is not None and not (_is_whole(total_steps) and total_steps > 0):
         raise OptimizerError(f"total_steps must be a positive whole number, got {total_steps!r}")
+    for name in ("maximize", "stochastic_rounding"):
+        check_flag(name, group[name])
+    if group["state_dtype"] not in (None, torch.float32, torch.bfloat16):
+        raise OptimizerError(
+            "state_dtype must be None, torch.float32 or torch.bfloat16, "
+            f"got {group['state_dtype']!r}; None keeps the dtype of the arithmetic"
+        )
+    if not _is_whole(group["seed"]) or not 0 <= group["seed"] < 2**64:
+        raise OptimizerError(f"seed must be a whole number in [0, 2^64), got {group['seed']!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises OptimizerError for anything but True and False."""
+    if not isinstance(value, bool):
+        raise OptimizerError(f"{name} must be True or False, got {value!r}")
 
 
 def nonnegative(name: str, value: Any, below: float = math.inf) -> float:
     """The value as a float in [0, `below`); raises OptimizerError naming the option."""
+    if type(value) is float and 0.0 <= value < below:  # every step asks
+        return value
     try:
         number = float(value)
     except (TypeError, ValueError, RuntimeError):  # no number, or a tensor of several
@@ -70,6 +84,14 @@ def nonnegative(name: str, value: Any, below: float = math.inf) -> float:
     if not 0.0 <= number < below:
         raise OptimizerError(f"{name} must lie in [0, {below:g}), got {value!r}")
     return number
+
+
+def beta_pair(betas: Any) -> tuple[float, float]:
+    """Both as floats in [0, 1); raises OptimizerError."""
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise OptimizerError(f"betas must be two numbers in [0, 1), got {betas!r}")
+    beta1, beta2 = betas
+    return nonnegative("betas", beta1, 1.0), nonnegative("betas", beta2, 1.0)
 
 
 def check_parameter(parameter: torch.Tensor) -> None:
@@ -84,7 +106,17 @@ def check_parameter(parameter: torch.Tensor) -> None:
         raise OptimizerError(f"{what} is on the meta device; materialise the model first")
     if parameter.is_neg():  # its memory holds the negated values
         raise OptimizerError(f"{what} is a negated view; call .resolve_neg() before")
-    if overlaps_itself(parameter):
+    if is_dtensor(parameter) and any(part.is_partial() for part in parameter.placements):
+        raise OptimizerError(
+            f"{what} is placed {parameter.placements}; parameters must be sharded or replicated: "
+            "call redistribute before making it a parameter"
+        )
+    if lacks_memory(local(parameter)):
+        raise OptimizerError(
+            f"{what} is a {type(parameter).__name__}, which has no memory of its own that a kernel "
+            "could write; parameters must be torch.nn.Parameter or DTensor"
+        )
+    if overlaps_itself(local(parameter)):
         raise OptimizerError(
             f"{what} and strides {parameter.stride()} has elements that share memory; "
             "call .contiguous() before making it a parameter"
@@ -103,13 +135,18 @@ def check_parameter(parameter: torch.Tensor) -> None:
             f"{gradient.dtype}; both must be the same: call zero_grad() after giving a parameter "
             "new data"
         )
+    if lacks_memory(gradient) and not is_dtensor(parameter):
+        raise OptimizerError(
+            f"the gradient of {what} is a {type(gradient).__name__}, the parameter a plain tensor; "
+            "both must be the same: give it the local part of the gradient"
+        )
 
 
 def check_apart(parameters: list[torch.Tensor]) -> None:
     """Raises OptimizerError if two parameters share memory."""
     unique = dict.fromkeys(parameters)  # of duplicates torch warns
     for device in {parameter.device for parameter in unique}:
-        shared = find_overlap(p for p in unique if p.device == device)
+        shared = find_overlap(local(p) for p in unique if p.device == device)
         if shared:
             shapes = " and ".join(str(tuple(parameter.shape)) for parameter in shared)
             raise OptimizerError(
@@ -119,10 +156,25 @@ def check_apart(parameters: list[torch.Tensor]) -> None:
 
 
 def check_moment(name: str, moment: Any, parameter: torch.Tensor) -> None:
-    """Raises OptimizerError for a moment that is not of the shape of its parameter."""
+    """Raises OptimizerError for a moment that is not shaped and sharded as its parameter."""
     shape = tuple(moment.shape) if isinstance(moment, torch.Tensor) else type(moment).__name__
     if shape != tuple(parameter.shape):
         raise OptimizerError(
             f"{name} of a parameter of shape {tuple(parameter.shape)} is {shape}; "
             "the state belongs to another model"
         )
+    if placement(moment) != placement(parameter):
+        raise OptimizerError(
+            f"{name} of a parameter of shape {shape} is placed {_words(moment)}, the parameter "
+            f"{_words(parameter)}; load the state with "
+            "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, which shards it"
+        )
+
+
+def _words(tensor: torch.Tensor) -> str:
+    return f"{tensor.placements} on {tensor.device_mesh}" if is_dtensor(tensor) else "as a whole"
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether a value is an integer, and no bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -13,21 +13,29 @@ from torch.optim import optimizer as torch_optimizer
 
 from evokernels.compiler.lower import Rule, lower
 from evokernels.genome import Genome
-from evokernels.kernels.plan import ARITHMETIC, Backend, BoundTensor
+from evokernels.kernels.plan import ARITHMETIC, Backend, BoundTensor, Rounding
 from evokernels.kernels.registry import select
-from evokernels.optim.binding import Binding, foundation
+from evokernels.optim.binding import Binding, Member
 from evokernels.optim.checks import (
     check_apart,
+    check_flag,
     check_genome,
     check_group,
     check_moment,
     check_parameter,
+    nonnegative,
 )
+from evokernels.optim.compiling import never_compiled
+from evokernels.optim.sharding import local, shard_number
 
 __all__ = ["FusedEvolvedOptimizer"]
 
 # Names of the moments in `state`: torch's own, so that Adam's state can be read.
 _STATE_NAMES = {"m": "exp_avg", "v": "exp_avg_sq"}
+
+# Between the seeds of the shards of a tensor: 2^64 over the golden ratio, which keeps them off the
+# small numbers that people choose.
+_SEEDS_APART = 0x9E3779B97F4A7C15
 
 
 class FusedEvolvedOptimizer(torch.optim.Optimizer):
@@ -35,20 +43,34 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
 
     One native call updates all parameters; each is read and written once. Parameters may be
     float32, float64, bfloat16 or float16, dense or strided, on any device (beyond the CPU: with
-    torch operations). Arithmetic and moments are float32, float64 for float64 parameters.
+    torch operations). Arithmetic is in float32, in float64 for float64 parameters.
 
-    Each group has ``genome``, ``lr``, ``betas``, ``eps``, ``weight_decay`` and ``total_steps``.
-    They come from the genome where a group does not give its own; learning-rate schedulers change
-    ``lr``, on which the genome's own warmup and cosine then act.
+    Each group has ``genome``, ``lr``, ``betas``, ``eps``, ``weight_decay``, ``total_steps``,
+    ``maximize``, ``state_dtype``, ``stochastic_rounding`` and ``seed``. The first five come from
+    the genome where a group does not give its own; learning-rate schedulers change ``lr``, on which
+    the genome's own warmup and cosine then act.
 
     State of each parameter, from its first gradient on: ``step`` (float64, 0-d: the steps in which
     it had a gradient), and as far as the rule reads them ``exp_avg`` and ``exp_avg_sq`` (moments,
     of its shape).
 
+    With ``torch.amp.GradScaler`` gradients are unscaled inside the step, and a step with infinite
+    gradients leaves parameters and state alone.
+
     Args:
         params: parameters, (name, parameter) pairs or groups, as for every torch optimizer.
         genome: the update rule.
         total_steps: length of the training in steps; needed where the genome decays by cosine.
+        maximize: go up the gradient instead of down.
+        state_dtype: dtype of the moments: ``torch.float32``, ``torch.bfloat16``, or None for that
+            of the arithmetic.
+        stochastic_rounding: round bfloat16 parameters and moments up or down at random, so that
+            small updates are not lost on average. The random numbers depend on ``seed``, the
+            position of the parameter, step and element alone (Philox4x32-10, Salmon et al. 2011).
+        seed: of stochastic rounding, a whole number below 2^64.
+        max_grad_norm: scale all gradients down together where their norm is larger, as
+            ``torch.nn.utils.clip_grad_norm_`` does; the gradients themselves stay as they are.
+        zero_grads: set gradients to zero in the same pass.
         backend: "auto", or the name of one; see `evokernels.explain`.
 
     Raises:
@@ -58,18 +80,39 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
     Source of the update rule: M. Marfinetz, "Evolutionary Optimizer Discovery", 2025, section 2.1.
     """
 
+    # torch.amp.GradScaler then leaves gradients scaled and sets `grad_scale` and `found_inf`
+    _step_supports_amp_scaling = True
+
     def __init__(
         self,
         params: Iterable[Any],
         genome: Genome,
         *,
         total_steps: int | None = None,
+        maximize: bool = False,
+        state_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        max_grad_norm: float | None = None,
+        zero_grads: bool = False,
         backend: str = "auto",
     ) -> None:
         check_genome(genome)
+        if max_grad_norm is not None:
+            max_grad_norm = nonnegative("max_grad_norm", max_grad_norm)
+        check_flag("zero_grads", zero_grads)
+        self.max_grad_norm = max_grad_norm
+        self.zero_grads = zero_grads
         self._backend = backend
         self._binding: Binding | None = None
-        super().__init__(params, {**_group_options(genome), "total_steps": total_steps})
+        options = {
+            "total_steps": total_steps,
+            "maximize": maximize,
+            "state_dtype": state_dtype,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
+        }
+        super().__init__(params, {**_genome_options(genome), **options})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; options that the group leaves out come from its genome."""
@@ -77,7 +120,7 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         genome = param_group.get("genome", self.defaults["genome"])
         check_genome(genome)
-        super().add_param_group({**_group_options(genome), **param_group})
+        super().add_param_group({**_genome_options(genome), **param_group})
         try:
             check_group(self.param_groups[-1])
             for parameter in self.param_groups[-1]["params"]:
@@ -108,7 +151,7 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
             )
             return (wrapped if noticed else func)(self, *args, **kwargs)
 
-        return step
+        return never_compiled(step)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
@@ -120,17 +163,29 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._binding is None or not self._binding.is_current(self.param_groups, self.state):
-            self._binding = self._bind()
-        self._binding.step()
+        # set by torch.amp.GradScaler while it calls step
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and found_inf.item():
+            if self.zero_grads:
+                self.zero_grad(set_to_none=False)
+            return loss
+        unscale = 1.0 if grad_scale is None else 1.0 / grad_scale.item()
+        extras = unscale, self.max_grad_norm, self.zero_grads
+        binding = self._binding
+        if binding is None or not binding.repeat(self.param_groups, self.state, *extras):
+            if binding is None or not binding.is_current(self.param_groups, self.state):
+                self._binding = binding = self._bind()
+            binding.step(*extras)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
         """The state in plain values and tensors; genomes as dicts."""
-        state = super().state_dict()
-        for group in state["param_groups"]:
-            group["genome"] = group["genome"].to_dict()
-        return state
+        # the first hook to run, so that those of the user see what is saved
+        pack = self.register_state_dict_post_hook(_pack_genomes, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            pack.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of `state_dict`: genome, options, moments and step counts, lossless."""
@@ -144,41 +199,56 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._binding = None
-        for parameter in (p for group in self.param_groups for p in group["params"]):
-            for name, value in self.state.get(parameter, {}).items():
-                if isinstance(value, _Uncast):
-                    self.state[parameter][name] = value.tensor.to(
-                        parameter.device, ARITHMETIC[parameter.dtype], copy=True
-                    )
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state.get(parameter, {})
+                for name, value in state.items():
+                    if isinstance(value, _Uncast):
+                        dtype = _state_dtype(group, parameter)
+                        state[name] = value.tensor.to(parameter.device, dtype, copy=True)
+                if isinstance(state.get("step"), torch.Tensor):  # torch shares it with its source
+                    state["step"] = state["step"].clone()
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's list leaves out what a subclass adds; the binding points into memory
-        return {**super().__getstate__(), "_backend": self._backend}
+        own = ("max_grad_norm", "zero_grads", "_backend")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def _bind(self) -> Binding:
-        bound, groups, waiting, backends, steps = [], [], [], [], []
+        members, waiting, states = [], [], []
+        position = 0
         for group in self.param_groups:
             check_group(group)
             rule = lower(group["genome"])
             for parameter in dict.fromkeys(group["params"]):  # of duplicates torch warns
+                position += 1
                 state = self.state.get(parameter, {})
                 if parameter.grad is None and not state:
                     waiting.append(parameter)
                     continue
                 check_parameter(parameter)
-                bound.append(BoundTensor(rule.program, parameter, _moments(rule, parameter, state)))
-                groups.append(group)
-                backends.append(_select(rule, parameter, self._backend))
-                steps.append(float(state.get("step", 0.0)))
-        check_apart([b.parameter for b in bound])
+                moments = _moments(rule, parameter, state, _state_dtype(group, parameter))
+                bound = BoundTensor(
+                    rule.program,
+                    local(parameter),
+                    {name: local(moment) for name, moment in moments.items()},
+                    _rounding(group, parameter, position),
+                )
+                backend = _select(rule, parameter, self._backend)
+                members.append(Member(parameter, group, rule, backend, bound))
+                named = {_STATE_NAMES[name]: moment for name, moment in moments.items()}
+                states.append((float(state.get("step", 0.0)), named))
+        check_apart([member.parameter for member in members])
         # nothing has changed up to here, and nothing fails from here on
-        all_steps = torch.tensor(steps, dtype=torch.float64)
-        for b, step in zip(bound, all_steps, strict=True):
-            moments = {_STATE_NAMES[name]: moment for name, moment in b.moments.items()}
-            self.state[b.parameter].update(step=step, **moments)
-        return Binding(
-            bound, groups, waiting, backends, all_steps, foundation(self.param_groups, self.state)
-        )
+        steps = torch.tensor([step for step, _ in states], dtype=torch.float64)
+        for member, step, (_, moments) in zip(members, steps, states, strict=True):
+            self.state[member.parameter].update(step=step, **moments)
+        return Binding(members, waiting, steps, self.param_groups, self.state)
+
+
+def _pack_genomes(optimizer: FusedEvolvedOptimizer, state_dict: dict[str, Any]) -> None:
+    for group in state_dict["param_groups"]:
+        group["genome"] = group["genome"].to_dict()
 
 
 @dataclass(frozen=True)
@@ -213,20 +283,33 @@ def _prepare_to_load(
     return {**state_dict, "state": state, "param_groups": groups}
 
 
-def _moments(rule: Rule, parameter: torch.Tensor, state: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _moments(
+    rule: Rule, parameter: torch.Tensor, state: dict[str, Any], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     """The moments that a rule keeps of a parameter, zero where there are none yet."""
-    arithmetic = ARITHMETIC[parameter.dtype]
     moments = {}
     for moment in rule.program.state:
         name = _STATE_NAMES[moment]
         if name in state:
             check_moment(name, state[name], parameter)
-            moments[moment] = state[name].to(parameter.device, arithmetic)
+            moments[moment] = state[name].to(parameter.device, dtype)
         else:
             moments[moment] = torch.zeros_like(
-                parameter, dtype=arithmetic, memory_format=torch.preserve_format
+                parameter, dtype=dtype, memory_format=torch.preserve_format
             )
     return moments
+
+
+def _state_dtype(group: dict[str, Any], parameter: torch.Tensor) -> torch.dtype:
+    return group["state_dtype"] or ARITHMETIC[parameter.dtype]
+
+
+def _rounding(group: dict[str, Any], parameter: torch.Tensor, position: int) -> Rounding | None:
+    """Shards draw bits of their own, replicas the same."""
+    if not group["stochastic_rounding"]:
+        return None
+    seed = group["seed"] + shard_number(parameter) * _SEEDS_APART
+    return Rounding(seed % 2**64, position)
 
 
 def _select(rule: Rule, parameter: torch.Tensor, backend: str) -> Backend:
@@ -241,7 +324,7 @@ def _select(rule: Rule, parameter: torch.Tensor, backend: str) -> Backend:
     return selection.backend
 
 
-def _group_options(genome: Genome) -> dict[str, Any]:
+def _genome_options(genome: Genome) -> dict[str, Any]:
     return {
         "genome": genome,
         "lr": genome.lr,

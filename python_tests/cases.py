@@ -1,0 +1,31 @@
+"""Tensors that lie in memory in all the ways that a step may meet."""
+
+from __future__ import annotations
+
+import torch
+
+
+def layouts(
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """Parameters and gradients that lie differently, with guarded memory around the parameters."""
+    guarded = torch.full((3, 64, 40), 7.0, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    guarded[1, 8:41, 5:28] = random(33, 23)
+    channels = random(5, 4, 3, 3)
+    return guarded, {
+        "transposed parameter": (random(23, 33).t(), random(33, 23)),
+        "transposed gradient": (random(33, 23), random(23, 33).t()),
+        "both transposed": (random(23, 33).t(), random(23, 33).t()),
+        "channels last": (channels.to(memory_format=torch.channels_last), random(5, 4, 3, 3)),
+        "size one": (random(4, 1, 3, 3), random(4, 1, 3, 3).to(memory_format=torch.channels_last)),
+        "sliced parameter": (guarded[1, 8:41, 5:28], random(33, 23)),
+        "sliced gradient": (random(33, 23), random(66, 46)[::2, ::2]),
+        "expanded gradient": (random(33, 23), random(1, 1).expand(33, 23)),
+        "long": (random(1000, 3).t(), random(3, 1000)),
+        "scalar": (random()[None][0], random(1).expand(3)[1]),
+    }
