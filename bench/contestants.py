@@ -136,7 +136,7 @@ def our_native_call(work: Work) -> Contestant:
     contestant = ours(work)
     optimizer = contestant.step.__self__
     optimizer.step()
-    ((plan, _),) = optimizer._binding.plans
+    (plan,) = optimizer._binding.plans
     contestant.step = plan.launch
     contestant.keeps_gradients = True
     return contestant
