@@ -13,6 +13,7 @@ EVK_CLONES void adam(void *p_tensor, const void *g_tensor, void *m_tensor,
     const float k6 = (float)scalars[6]; /* weight of m / (sqrt(v) + 1) */
     const float k7 = (float)scalars[7]; /* weight of sqrt(v) in / (sqrt(v) + 1) */
     const float k8 = (float)scalars[8]; /* weight of 1 in / (sqrt(v) + 1) */
+    const float k9 = (float)scalars[9]; /* -1 * lr */
     for (int64_t i = 0; i < n; ++i) {
         const float p = load_float32(p_[i]);
         const float g = load_float32(g_[i]);
@@ -30,7 +31,7 @@ EVK_CLONES void adam(void *p_tensor, const void *g_tensor, void *m_tensor,
         const float t9 = fmaf(k7, t8, k8);
         const float t10 = t7 / t9;
         const float t11 = t6 + t10;
-        const float t12 = p - t11;
+        const float t12 = fmaf(k9, t11, p);
         p_[i] = store_float32(t12);
         m_[i] = store_float32(t2);
         v_[i] = store_float32(t5);

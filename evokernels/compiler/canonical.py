@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 
-from evokernels.compiler.lower import lower
-from evokernels.compiler.terms import genome_scalars, gradient_factor
+from evokernels.compiler import terms
+from evokernels.compiler.expr import compiled
+from evokernels.compiler.linear import linear
+from evokernels.compiler.lower import RATE, assemble, update_of
 from evokernels.genome import Genome
 
 __all__ = ["canonical_key"]
@@ -19,17 +21,21 @@ def canonical_key(genome: Genome) -> str:
     Genomes that differ only in the order of their terms, in how equal terms or lr and alphas share
     a factor, or in genes that nothing reads, have one key: 32 hexadecimal digits.
     """
-    rule = lower(genome)
     # what each number does and its value determine the rule; three steps tell bias correction from
     # none. Not the program: journals keep these keys, and the compiler may learn to do better.
-    # Not the gradient's factor: it belongs to the training loop, not to the rule.
+    # The learning rate goes into the weights; the gradient's factor belongs to the training loop.
+    update = linear(terms.lr * update_of(genome))
+    program, formulas = assemble(update, clipping=genome.use_gradient_clipping)
+    own = {
+        role: formula
+        for role, formula in zip(program.scalars, formulas, strict=True)
+        if role not in (str(terms.gradient_factor), str(RATE))
+    }
+    values = compiled(*own.values())
     # 12 digits: a product taken in another order differs in the last one or two of 17
-    own = [i for i, role in enumerate(rule.program.scalars) if role != str(gradient_factor)]
-    numbers = []
-    for t in (1, 2, 3):
-        of_step = rule.numbers(**genome_scalars(genome, t))
-        numbers += [f"{of_step[i]:.12g}" for i in own]
-    roles = tuple(rule.program.scalars[i] for i in own)
+    numbers = [
+        f"{number:.12g}" for t in (1, 2, 3) for number in values(**terms.genome_scalars(genome, t))
+    ]
     warmup = genome.warmup_steps if genome.use_warmup and genome.warmup_steps > 1 else 0
-    identity = repr((roles, numbers, warmup, genome.use_cosine_decay))
+    identity = repr((tuple(own), numbers, warmup, genome.use_cosine_decay))
     return hashlib.sha256(identity.encode()).hexdigest()[:32]

@@ -30,7 +30,9 @@ from evokernels.compiler.linear import ONE, Linear, coefficient_expr, linear
 from evokernels.compiler.program import Line, Program
 from evokernels.genome import Genome
 
-__all__ = ["Rule", "assemble", "lower", "weighted_terms"]
+__all__ = ["RATE", "Rule", "assemble", "lower", "update_of", "weighted_terms"]
+
+RATE = -terms.lr
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,13 @@ class Rule:
 @functools.lru_cache(maxsize=4096)
 def lower(genome: Genome) -> Rule:
     """Compile a genome into its rule."""
+    return Rule(genome, *assemble(linear(update_of(genome)), clipping=genome.use_gradient_clipping))
+
+
+def update_of(genome: Genome) -> Expr:
+    """What the learning rate multiplies, in each step."""
     corrected = {terms.m: terms.CORRECTED_M, terms.v: terms.CORRECTED_V}
-    moments = corrected if genome.use_bias_correction else {}
-    update = linear(terms.lr * weighted_terms(genome, moments))
-    return Rule(genome, *assemble(update, clipping=genome.use_gradient_clipping))
+    return weighted_terms(genome, corrected if genome.use_bias_correction else {})
 
 
 def weighted_terms(genome: Genome, moments: Mapping[Symbol, Expr]) -> Expr:
@@ -93,8 +98,11 @@ def assemble(update: Linear, *, clipping: bool) -> tuple[Program, tuple[Expr, ..
         if moment in read:
             assembler.values[moment] = assembler.value(formula)
             state.append(moment.name)
+    total = assembler.total(update)
+    # rounded once; and a learning rate apart from the weights leaves both as exact as they came
+    rate = assembler.scalar(str(RATE), RATE)
     results = (
-        ("p", assembler.line("sub", assembler.value(terms.p), assembler.total(update))),
+        ("p", assembler.line("fma", rate, total, assembler.value(terms.p))),
         *((name, assembler.values[Symbol(name, per_element=True)]) for name in state),
     )
     program = Program(tuple(state), tuple(assembler.scalars), tuple(assembler.lines), results)

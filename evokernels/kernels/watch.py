@@ -93,7 +93,10 @@ class Watch:
             objects,
             addresses,
         )
-        self._numbers: list[ctypes.Array] = []  # sizes and strides
+        tensors = [*parameters, *(g for g in gradients if g is not None)]
+        # sizes and strides of all: side by side, since a look walks through them in this order
+        self._numbers = (ctypes.c_int64 * sum(2 * tensor.dim() for tensor in tensors))()
+        self._filled = 0
         self._watch = _Watch(
             ctypes.pointer(foreign()),
             len(parameters),
@@ -127,14 +130,17 @@ class Watch:
     def _seen(self, tensor: torch.Tensor | None) -> _Seen:
         if tensor is None:
             return _Seen()
-        numbers = (ctypes.c_int64 * (2 * tensor.dim()))(*tensor.shape, *tensor.stride())
-        self._numbers.append(numbers)
-        sizes = ctypes.addressof(numbers)
+        place = ctypes.addressof(self._numbers) + 8 * self._filled
+        self._numbers[self._filled : self._filled + 2 * tensor.dim()] = [
+            *tensor.shape,
+            *tensor.stride(),
+        ]
+        self._filled += 2 * tensor.dim()
         return _Seen(
             tensor_address(tensor),
             tensor.data_ptr(),
-            sizes,
-            sizes + 8 * tensor.dim(),
+            place,
+            place + 8 * tensor.dim(),
             tensor.dim(),
             dtype_number(tensor.dtype),
         )
