@@ -25,14 +25,13 @@ EVK_CLONES void adam(void *p_tensor, const void *g_tensor, void *m_tensor,
         const float t3 = k3 * t0;
         const float t4 = k4 * v;
         const float t5 = fmaf(t3, t0, t4);
-        const float t6 = k5 != 0 ? k5 * p : 0;
-        const float t7 = k6 != 0 ? k6 * t2 : 0;
-        const float t8 = sqrtf(t5);
-        const float t9 = fmaf(k7, t8, k8);
-        const float t10 = t7 / t9;
-        const float t11 = t6 + t10;
-        const float t12 = fmaf(k9, t11, p);
-        p_[i] = store_float32(t12);
+        const float t6 = k6 != 0 ? k6 * t2 : 0;
+        const float t7 = sqrtf(t5);
+        const float t8 = fmaf(k7, t7, k8);
+        const float t9 = t6 / t8;
+        const float t10 = k5 != 0 ? fmaf(k5, p, t9) : t9;
+        const float t11 = fmaf(k9, t10, p);
+        p_[i] = store_float32(t11);
         m_[i] = store_float32(t2);
         v_[i] = store_float32(t5);
     }

@@ -12,7 +12,6 @@ The passes, in order:
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -151,26 +150,41 @@ class _Assembler:
         return self.line(expr.op, *(self.value(arg) for arg in expr.args))
 
     def total(self, form: Linear) -> str:
-        """The update: plain atoms, then one quotient for each denominator."""
-        parts = []
-        for denominator, group in itertools.groupby(form.items(), key=_denominator):
-            if denominator is None:
-                parts.append(self.weighted_sum(dict(group), "", "weigh", "weigh_add"))
-                continue
-            shape = f" / ({_shape(denominator)})"
-            numerators = {atom.args[0]: coefficient for atom, coefficient in group}
-            dividend = self.weighted_sum(numerators, shape, "weigh", "weigh_add")
-            divisor = self.weighted_sum(linear(denominator), f" in{shape}")
-            parts.append(self.line("div", dividend, divisor))
-        return functools.reduce(functools.partial(self.line, "add"), parts)
+        """The update: one quotient for each denominator, then plain atoms on top.
 
-    def weighted_sum(self, form: Linear, role: str, mul: str = "mul", fma: str = "fma") -> str:
-        """A sum of atoms, each times a run-time number named after the atom and `role`."""
-        weights = {
+        What is bounded comes first, a gradient that may be large last: fewer roundings are large.
+        """
+        groups: dict[Expr | None, Linear] = {}
+        for item in form.items():
+            groups.setdefault(_denominator(item), {}).update([item])
+        plain = self.weights(groups.pop(None, {}), "")
+        quotients = [self.quotient(denominator, group) for denominator, group in groups.items()]
+        total = (
+            functools.reduce(functools.partial(self.line, "add"), quotients) if quotients else None
+        )
+        return self.weighted_sum(dict(reversed(plain.items())), total, "weigh", "weigh_add")
+
+    def quotient(self, denominator: Expr, group: Linear) -> str:
+        """All atoms over one denominator."""
+        shape = f" / ({_shape(denominator)})"
+        numerators = {atom.args[0]: coefficient for atom, coefficient in group.items()}
+        dividend = self.weighted_sum(self.weights(numerators, shape), None, "weigh", "weigh_add")
+        divisor = self.weighted_sum(self.weights(linear(denominator), f" in{shape}"))
+        return self.line("div", dividend, divisor)
+
+    def weights(self, form: Linear, role: str) -> dict[Expr, str]:
+        """A run-time number for each atom of a sum, named after the atom and `role`."""
+        return {
             atom: self.scalar(f"weight of {_shape(atom)}{role}", coefficient_expr(coefficient))
             for atom, coefficient in form.items()
         }
-        total = weights.pop(ONE, None)
+
+    def weighted_sum(
+        self, weights: dict[Expr, str], total: str | None = None, mul: str = "mul", fma: str = "fma"
+    ) -> str:
+        """A sum of atoms, each times its number, and of `total` if there is one."""
+        weights = dict(weights)
+        total = weights.pop(ONE, total)
         for atom, weight in weights.items():
             value = self.atom(atom)
             total = self.line(fma, weight, value, total) if total else self.line(mul, weight, value)
@@ -187,7 +201,7 @@ class _Assembler:
         form = linear(expr)
         if list(form.values()) == [{(): 1.0}] and ONE not in form:
             return self.atom(next(iter(form)))
-        return self.weighted_sum(form, f" in {role}")
+        return self.weighted_sum(self.weights(form, f" in {role}"))
 
 
 def _denominator(item: tuple[Expr, object]) -> Expr | None:
