@@ -12,7 +12,6 @@
 /* Functions of torch and Python. A `tensor` is the address of an at::Tensor, which is one pointer:
  * to its implementation. */
 typedef struct {
-    int32_t (*is_defined)(void *tensor, bool *result);
     int32_t (*get_layout)(void *tensor, int32_t *result);
     int32_t (*get_dtype)(void *tensor, int32_t *result);
     int32_t (*get_dim)(void *tensor, int64_t *result);
@@ -28,6 +27,7 @@ typedef struct {
     void *(*list_get)(void *list, intptr_t i);
     void (*clear_error)(void);
     int64_t strided; /* torch's number for dense, strided tensors */
+    void *undefined; /* the implementation of a tensor that is not there */
 } evk_foreign;
 
 /* A dense, strided tensor as it was seen. */

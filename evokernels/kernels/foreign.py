@@ -12,6 +12,7 @@ import ctypes
 import functools
 import pathlib
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -21,7 +22,6 @@ __all__ = ["Foreign", "dtype_number", "foreign", "tensor_address"]
 
 # field of evk_foreign: symbol
 _TORCH_STABLE = {
-    "is_defined": "aoti_torch_is_defined",
     "get_layout": "aoti_torch_get_layout",
     "get_dtype": "aoti_torch_get_dtype",
     "get_dim": "aoti_torch_get_dim",
@@ -50,6 +50,7 @@ class Foreign(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in (*_TORCH_STABLE, *_TORCH_CORE, *_TORCH, *_PYTHON)),
         ("strided", ctypes.c_int64),
+        ("undefined", ctypes.c_void_p),
     )
 
 
@@ -74,6 +75,7 @@ def foreign() -> Foreign:
             for field, symbol in symbols.items()
         }
         table = Foreign(**addresses, strided=torch_cpu.aoti_torch_layout_strided())
+        table.undefined = _content(_getter(table)(torch.empty(0)._cdata))
         _try_out(table)
     except (OSError, AttributeError, ValueError) as error:
         raise BackendError(f"torch {torch.__version__} is another than expected: {error}") from None
@@ -111,30 +113,32 @@ def _offset() -> int:
 
 def _try_out(table: Foreign) -> None:
     """Raises ValueError if the table says anything else about a tensor than torch does."""
-    get_grad = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(table.get_grad)
+    get_grad = _getter(table)
     is_neg = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(table.is_neg)
     bump_version = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(table.bump_version)
-    get_data_ptr, is_defined = (
-        ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)(function)
-        for function in (table.get_data_ptr, table.is_defined)
+    get_data_ptr = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)(
+        table.get_data_ptr
     )
     plain = torch.zeros(3, 4)
     parameter = torch.nn.Parameter(plain.t()[1:])
-    for gradient in (None, torch.zeros_like(parameter), torch.zeros_like(parameter)._neg_view()):
+    if _content(get_grad(parameter._cdata)) != table.undefined:
+        raise ValueError("gradients are not where they were")
+    for gradient in (torch.zeros_like(parameter), torch.zeros_like(parameter)._neg_view()):
         parameter.grad = gradient
-        address = get_grad(parameter._cdata)
-        defined, data = ctypes.c_bool(), ctypes.c_void_p()
-        is_defined(address, ctypes.addressof(defined))
-        if defined.value != (gradient is not None):
-            raise ValueError("gradients are not where they were")
-        if gradient is None:
-            continue
-        found = ctypes.c_void_p.from_address(address).value
+        address, data = get_grad(parameter._cdata), ctypes.c_void_p()
         get_data_ptr(address, ctypes.addressof(data))
         expected = (gradient._cdata, gradient.data_ptr(), gradient.is_neg())
-        if (found, data.value, is_neg(address)) != expected:
+        if (_content(address), data.value, is_neg(address)) != expected:
             raise ValueError("gradients are not what they were")
     before = plain._version
     bump_version(tensor_address(plain))
     if plain._version != before + 1:
         raise ValueError("versions of tensors are not counted where they were")
+
+
+def _getter(table: Foreign) -> Callable[[int], int]:
+    return ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(table.get_grad)
+
+
+def _content(address: int) -> int | None:
+    return ctypes.c_void_p.from_address(address).value
