@@ -372,6 +372,27 @@ def test_ranges_may_end_anywhere(dtype, state):
         assert all(map(same_bits, everything(tensors[1]), everything(tensors[0])))
 
 
+def test_flushing_denormals_does_not_depend_on_the_number_of_threads(threads):
+    """The mode is each thread's own: threads that were there before it was set follow the caller,
+    and are left as they were."""
+    n = 100_000
+    inputs = [torch.full((n,), x) for x in (1e-39, 1e-40)]
+    threads(2)
+    run(MOMENTUM, [bound(MOMENTUM, torch.zeros(n))], [torch.zeros(n)])
+    plan = BACKENDS["cpu"].bind([bound(SIGN, torch.zeros(n))])
+    for flush in (True, False):
+        parameter = inputs[0].clone()
+        if not torch.set_flush_denormal(flush):
+            pytest.skip("this processor has no such mode")
+        try:
+            run(MOMENTUM, [bound(MOMENTUM, parameter)], [inputs[1]])
+            squares = plan.sum_of_squares(inputs[:1])
+        finally:
+            torch.set_flush_denormal(False)
+        assert len(set(parameter.view(torch.int32).tolist())) == 1
+        assert (parameter[0] == 0, squares == 0) == (flush, flush)
+
+
 # clearing
 
 
