@@ -318,6 +318,13 @@ def test_every_operand_position_step_and_seed_draws_bits_of_its_own():
     assert len({t.double().sum().item() for t in everything(tensor)}) == 3
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (3, 0, 1)], ids=str)
+def test_nothing_is_rounded_stochastically_too(backend, shape):
+    empty = torch.zeros(shape, dtype=torch.bfloat16)
+    run(BOTH, [bound(BOTH, empty, torch.bfloat16, Rounding(0, 0))], [empty.clone()], backend)
+
+
 def test_exact_numbers_stay_under_stochastic_rounding():
     values = random((999,), torch.bfloat16, 0)
     tensor = bound(SIGN, values.clone(), rounding=Rounding(1, 1))
