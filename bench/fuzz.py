@@ -10,21 +10,34 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import math
 import multiprocessing
 import random
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from commandline import Bar, exit_code, positive, worker_count
-from oracle import DTYPES, assert_near, eager_step, exact_step, precise, random_genome
+from oracle import (
+    DTYPES,
+    allowed_distance,
+    assert_near,
+    eager_step,
+    exact_step,
+    precise,
+    random_genome,
+)
 
 from evokernels import FusedEvolvedOptimizer
-from evokernels.kernels.plan import ARITHMETIC
+from evokernels.kernels.plan import ARITHMETIC, Rounding
+from evokernels.kernels.rounding import random_bits, round_to_bfloat16_stochastically
 
 __all__ = ["check_case", "first_failure"]
 
 GUARD = 7.0  # what surrounds tensors in memory
+OPERANDS = {"p": "p", "exp_avg": "m", "exp_avg_sq": "v"}  # of the state, in a program
 TOTAL_STEPS = 4  # of which a case takes up to all
 BULK = 1000  # elements of the largest tensor of a rule, at least
 BATCH = 50  # cases that a worker is given at once
@@ -91,9 +104,18 @@ def check_case(number: int) -> None:
         "zero_grads": r.random() < 0.3,
         "state_dtype": r.choice((None, None, torch.bfloat16)),
         "backend": r.choice(("cpu",) * 7 + ("eager",)),
+        "stochastic_rounding": r.random() < 0.2,
+        "seed": r.getrandbits(64),
     }
     threads = r.randint(1, 3)
-    rules = [Rule(r, options["state_dtype"]) for _ in range(r.choice((1, 1, 2)))]
+    rules: list[Rule] = []
+    for _ in range(r.choice((1, 1, 2))):
+        position = 1 + sum(len(rule.parameters) for rule in rules)  # the optimizer's first is 1
+        rules.append(Rule(r, options, position))
+    # in float64 the last bits of a norm show, which depend on the order of its sum
+    if r.random() < 0.4 and all(rule.dtype != torch.float64 for rule in rules):
+        typical = math.hypot(*(rule.typical_norm() for rule in rules))
+        options["max_grad_norm"] = typical * r.uniform(0.3, 2)
     optimizer = FusedEvolvedOptimizer(
         [{"params": rule.parameters, "genome": rule.genome} for rule in rules],
         rules[0].genome,
@@ -105,9 +127,19 @@ def check_case(number: int) -> None:
             rule.set_gradients()
         with torch_threads(threads):
             optimizer.step()
+        factor = gradient_factor(rules, options)
         for rule in rules:
             rule.check_memory(zeroed=options["zero_grads"])
-            rule.check_values(optimizer, options["maximize"])
+            rule.check_values(optimizer, factor)
+
+
+def gradient_factor(rules: Iterable[Rule], options: Mapping[str, Any]) -> float:
+    """What a step multiplies all gradients with."""
+    factor = -1.0 if options["maximize"] else 1.0
+    if "max_grad_norm" not in options:
+        return factor
+    norm = math.sqrt(sum(rule.sum_of_squares() for rule in rules))
+    return factor * min(1.0, options["max_grad_norm"] / (norm + 1e-6))
 
 
 @contextlib.contextmanager
@@ -124,13 +156,14 @@ def torch_threads(count: int) -> Iterator[None]:
 class Rule:
     """A genome, the parameters that it updates, and the gradients that they have had."""
 
-    def __init__(self, r: random.Random, state_dtype: torch.dtype | None) -> None:
+    def __init__(self, r: random.Random, options: Mapping[str, Any], position: int) -> None:
+        """Draw all of it; `position` is that of the first parameter in the optimizer."""
         self._random = r
         self._values = torch.Generator().manual_seed(r.getrandbits(62))
         self.genome = random_genome(r.getrandbits(62))
-        self._dtype = r.choice(DTYPES)
+        self.dtype = r.choice(DTYPES)
         # float16 has no smaller ones to speak of; a quotient by zero would leave its range
-        smallest = -3 if self._dtype == torch.float16 else -8
+        smallest = -3 if self.dtype == torch.float16 else -8
         self._scale = 10 ** r.uniform(smallest, 1)
         self._placed = [
             Placed(r, self._random_values(shape), arrangement(r, shape)) for shape in shapes(r)
@@ -142,11 +175,24 @@ class Rule:
         self._gradient: torch.Tensor | None = None
         self._steps = 0
         p = flat(self.parameters)
-        moment = torch.zeros_like(p, dtype=state_dtype or ARITHMETIC[p.dtype])
+        moment = torch.zeros_like(p, dtype=options["state_dtype"] or ARITHMETIC[p.dtype])
         self._state = {"p": p, "exp_avg": moment, "exp_avg_sq": moment}
+        self._roundings = [
+            Rounding(options["seed"], i)
+            for i in range(position, position + len(self.parameters))
+            if options["stochastic_rounding"]
+        ]
 
     def _random_values(self, shape: Sequence[int]) -> torch.Tensor:
-        return torch.randn(shape, generator=self._values).to(self._dtype)
+        return torch.randn(shape, generator=self._values).to(self.dtype)
+
+    def typical_norm(self) -> float:
+        """About the norm of the gradients."""
+        return self._scale * math.sqrt(sum(p.numel() for p in self.parameters))
+
+    def sum_of_squares(self) -> float:
+        """Of the gradients of this step."""
+        return 0.0 if self._gradient is None else float((precise(self._gradient) ** 2).sum())
 
     def set_gradients(self) -> None:
         """New gradients for one step, now and then none."""
@@ -169,7 +215,7 @@ class Rule:
         # away from zero: with beta2 = 0, m / sqrt(v) near it would leave the range of float16, and
         # the luck of a single rounding would decide whether the largest error is twice another
         values += torch.full(own, 0.25).copysign(values)
-        values = values.mul_(scale).to(self._dtype)
+        values = values.mul_(scale).to(self.dtype)
         alike = r.random() < 0.4 and not any(repeated)
         strides = parameter.stride() if alike else arrangement(r, own)
         return Placed(r, values, strides, shape)
@@ -183,11 +229,14 @@ class Rule:
             expected = torch.zeros_like(after) if zeroed else self._gradient
             assert torch.equal(after, expected), f"gradients after the step: {self}"
 
-    def check_values(self, optimizer: FusedEvolvedOptimizer, maximize: bool) -> None:
+    def check_values(self, optimizer: FusedEvolvedOptimizer, factor: float) -> None:
         """The step led from the state before it near to where the definition leads.
 
         Each step starts from what the optimizer itself has stored, so that no luck of earlier
         roundings counts.
+
+        Args:
+            factor: on all gradients.
         """
         before, stored = self._state, self._stored(optimizer)
         self._state = {**before, **stored}
@@ -195,15 +244,40 @@ class Rule:
             assert all(torch.equal(stored[name], before[name]) for name in stored), str(self)
             return
         self._steps += 1
-        p, m, v = before.values()
-        g = -self._gradient if maximize else self._gradient
-        exact = exact_step(self.genome, *map(precise, (p, g, m, v)), self._steps, TOTAL_STEPS)
-        eager = eager_step(self.genome, p, g, m, v, self._steps, TOTAL_STEPS)
+        arithmetic, t = ARITHMETIC[self.dtype], self._steps
+        p, m, v = map(precise, before.values())
+        exact = exact_step(self.genome, p, precise(self._gradient) * factor, m, v, t, TOTAL_STEPS)
+        p, m, v = (x.to(arithmetic) for x in before.values())
+        g = self._gradient.to(arithmetic) * factor
+        eager = eager_step(self.genome, p, g, m, v, t, TOTAL_STEPS)
         for name, right, yardstick in zip(before, exact, eager, strict=True):
             if name in stored:
                 actual, what = stored[name], f"{name} of {self}"
-                assert actual.dtype == yardstick.dtype, f"{actual.dtype} {what}"
-                assert_near(actual, right, yardstick, actual.dtype, what)
+                assert actual.dtype == before[name].dtype, f"{actual.dtype} {what}"
+                if self._roundings and actual.dtype == torch.bfloat16:
+                    distance = allowed_distance(right, yardstick, arithmetic)
+                    self._check_drawn(actual, right, distance, OPERANDS[name], what)
+                else:
+                    assert_near(actual, right, yardstick.to(actual.dtype), actual.dtype, what)
+
+    def _check_drawn(
+        self, actual: torch.Tensor, exact: np.ndarray, distance: np.ndarray, name: str, what: str
+    ) -> None:
+        """A value within `distance` of the exact one was rounded by its own random bits.
+
+        For given bits a larger value is never rounded lower, so the ends of the interval decide.
+        """
+        random = flat(
+            random_bits(parameter, name, rounding, self._steps)
+            for parameter, rounding in zip(self.parameters, self._roundings, strict=True)
+        )
+        low, high = (
+            # one step outwards: an array of more digits was rounded to float64
+            torch.from_numpy(np.nextafter((exact + side * distance).astype(float), side * np.inf))
+            for side in (-1, 1)
+        )
+        lowest, highest = (round_to_bfloat16_stochastically(end, random) for end in (low, high))
+        assert ((lowest <= actual) & (actual <= highest)).all(), f"rounding of {what}"
 
     def _stored(self, optimizer: FusedEvolvedOptimizer) -> dict[str, torch.Tensor]:
         """Parameters and the moments that there are, in the order of a step's results."""
@@ -217,7 +291,7 @@ class Rule:
 
     def __str__(self) -> str:
         layouts = ", ".join(f"{tuple(p.shape)} by {p.stride()}" for p in self.parameters)
-        return f"{self._dtype}, {layouts}, {self.genome}"
+        return f"{self.dtype}, {layouts}, {self.genome}"
 
 
 class Placed:

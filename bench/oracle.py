@@ -17,8 +17,8 @@ from evokernels.kernels.plan import ARITHMETIC
 from evokernels.schedule import learning_rate_factor
 
 __all__ = [
-    *("DTYPES", "SHAPES", "assert_near", "eager_step", "eager_steps", "exact_step"),
-    *("exact_steps", "precise", "random_genome"),
+    *("DTYPES", "SHAPES", "allowed_distance", "assert_near", "eager_step", "eager_steps"),
+    *("exact_step", "exact_steps", "precise", "random_genome"),
 ]
 
 SHAPES = [(), (0,), (1,), (63,), (1000,), (17, 241)]  # the last: 4097 elements
@@ -120,11 +120,25 @@ def assert_near(
     """
     if exact.size == 0:
         return
+    error, allowed = _error(actual, exact), _allowed_error(exact, eager, dtype)
+    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def allowed_distance(exact: np.ndarray, eager: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
+    """How far from the exact value the same rule lets each element be."""
+    return _allowed_error(exact, eager, dtype) * _scale(exact) if exact.size else exact
+
+
+def _allowed_error(exact: np.ndarray, eager: torch.Tensor, dtype: torch.dtype) -> float:
+    return 2 * _error(eager, exact) + 0.01 * torch.finfo(dtype).eps
+
+
+def _error(tensor: torch.Tensor, exact: np.ndarray) -> float:
+    return (np.abs(tensor.double().numpy() - exact) / _scale(exact)).max()
+
+
+def _scale(exact: np.ndarray) -> np.ndarray:
+    """What the error of each element is relative to."""
     scale = np.maximum(np.abs(exact), np.abs(exact).mean())
     scale[scale == 0] = 1
-
-    def error(tensor: torch.Tensor) -> float:
-        return (np.abs(tensor.double().numpy() - exact) / scale).max()
-
-    allowed = 2 * error(eager) + 0.01 * torch.finfo(dtype).eps
-    assert error(actual) <= allowed, f"{what}: error {error(actual):.3g}, allowed {allowed:.3g}"
+    return scale

@@ -1,6 +1,7 @@
 /* The sum of the squares of all gradients, the same for every number of threads: a chunk's length
  * depends on the number of elements alone, and the sums of chunks are added in order. */
 #ifdef _OPENMP
+#include <fenv.h>
 #include <omp.h>
 #endif
 
@@ -92,16 +93,24 @@ double evk_sum_of_squares(const evk_tensor *tensors, void *const *gradients, int
     if (chunks < threads) threads = chunks > 0 ? (int32_t)chunks : 1;
     (void)threads;
 #ifdef _OPENMP
+    fenv_t callers; /* as in evk_step */
+    fegetenv(&callers);
 #pragma omp parallel num_threads(threads) if (threads > 1)
 #endif
     {
         int64_t team = 1, self = 0;
 #ifdef _OPENMP
         team = omp_get_num_threads(), self = omp_get_thread_num();
+        fenv_t own;
+        fegetenv(&own);
+        fesetenv(&callers);
 #endif
         walk at = {tensors, gradients, count, 0, 0};
         for (int64_t c = chunks * self / team; c < chunks * (self + 1) / team; ++c)
             sums[c] = chunk_sum(&at, c * length, smaller((c + 1) * length, total));
+#ifdef _OPENMP
+        fesetenv(&own);
+#endif
     }
     double sum = 0;
     for (int64_t c = 0; c < chunks; ++c) sum += sums[c];

@@ -26,6 +26,7 @@ def layouts(
         "sliced parameter": (guarded[1, 8:41, 5:28], random(33, 23)),
         "sliced gradient": (random(33, 23), random(66, 46)[::2, ::2]),
         "expanded gradient": (random(33, 23), random(1, 1).expand(33, 23)),
+        "overlapping gradient": (random(33, 23), random(60).as_strided((33, 23), (1, 1), 2)),
         "long": (random(1000, 3).t(), random(3, 1000)),
         "scalar": (random()[None][0], random(1).expand(3)[1]),
     }

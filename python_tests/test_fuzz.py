@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from evokernels import FusedEvolvedOptimizer
+from evokernels.kernels.plan import Rounding
+from evokernels.optim import binding, optimizer
 
 
 def test_two_thousand_random_cases():
@@ -37,4 +39,31 @@ def test_a_planted_defect_is_found(monkeypatch, defect):
                     defect(parameter, parameter.grad)
 
     monkeypatch.setattr(FusedEvolvedOptimizer, "step", defective)
+    assert "python bench/fuzz.py --case" in fuzz.first_failure(range(100))
+
+
+def unlimited(unscale, max_grad_norm, squares):
+    """`max_grad_norm` is forgotten."""
+    return unscale
+
+
+def to_nearest(group, parameter, position):
+    """`stochastic_rounding` is forgotten."""
+
+
+def of_the_neighbour(group, parameter, position):
+    """The random bits of another parameter."""
+    return Rounding(group["seed"], position + 1) if group["stochastic_rounding"] else None
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "defective"),
+    [
+        (binding, "_gradient_factor", unlimited),
+        (optimizer, "_rounding", to_nearest),
+        (optimizer, "_rounding", of_the_neighbour),
+    ],
+)
+def test_a_defective_option_is_found(monkeypatch, module, name, defective):
+    monkeypatch.setattr(module, name, defective)
     assert "python bench/fuzz.py --case" in fuzz.first_failure(range(100))

@@ -280,6 +280,7 @@ def test_every_rule_of_the_catalogue_has_a_cover(seed):
         (lambda: torch.zeros(3, 8)[:, :4], False, False),
         (lambda: torch.zeros(1, 4).expand(3, 4), False, True),
         (lambda: torch.zeros(10).as_strided((4, 4), (2, 1)), False, True),
+        (lambda: torch.zeros(10).as_strided((4, 3), (1, 1)), False, True),
         (lambda: torch.zeros(0).expand(3, 0), True, False),
     ],
 )

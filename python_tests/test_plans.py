@@ -318,6 +318,13 @@ def test_every_operand_position_step_and_seed_draws_bits_of_its_own():
     assert len({t.double().sum().item() for t in everything(tensor)}) == 3
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (3, 0, 1)], ids=str)
+def test_nothing_is_rounded_stochastically_too(backend, shape):
+    empty = torch.zeros(shape, dtype=torch.bfloat16)
+    run(BOTH, [bound(BOTH, empty, torch.bfloat16, Rounding(0, 0))], [empty.clone()], backend)
+
+
 def test_exact_numbers_stay_under_stochastic_rounding():
     values = random((999,), torch.bfloat16, 0)
     tensor = bound(SIGN, values.clone(), rounding=Rounding(1, 1))
@@ -370,6 +377,27 @@ def test_ranges_may_end_anywhere(dtype, state):
             assert not g[:end].any()
             assert end == 2999 or g[end:].any()
         assert all(map(same_bits, everything(tensors[1]), everything(tensors[0])))
+
+
+def test_flushing_denormals_does_not_depend_on_the_number_of_threads(threads):
+    """The mode is each thread's own: threads that were there before it was set follow the caller,
+    and are left as they were."""
+    n = 100_000
+    inputs = [torch.full((n,), x) for x in (1e-39, 1e-40)]
+    threads(2)
+    run(MOMENTUM, [bound(MOMENTUM, torch.zeros(n))], [torch.zeros(n)])
+    plan = BACKENDS["cpu"].bind([bound(SIGN, torch.zeros(n))])
+    for flush in (True, False):
+        parameter = inputs[0].clone()
+        if not torch.set_flush_denormal(flush):
+            pytest.skip("this processor has no such mode")
+        try:
+            run(MOMENTUM, [bound(MOMENTUM, parameter)], [inputs[1]])
+            squares = plan.sum_of_squares(inputs[:1])
+        finally:
+            torch.set_flush_denormal(False)
+        assert len(set(parameter.view(torch.int32).tolist())) == 1
+        assert (parameter[0] == 0, squares == 0) == (flush, flush)
 
 
 # clearing

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -17,6 +18,8 @@ from evokernels.compiler.program import Program, interpret
 from evokernels.genome import Genome
 
 __all__ = ["reference_step", "run_program"]
+
+_compiled = functools.cache(compiled)  # of the catalogue's formulas, which are few
 
 
 def reference_step(
@@ -43,7 +46,7 @@ def reference_step(
     values["gradient_factor"] = gradient_factor
 
     def value(formula: Expr) -> np.ndarray:
-        return compiled(formula)(**values)[0]
+        return _compiled(formula)(**values)[0]
 
     with np.errstate(all="ignore"):
         values["g"] = value(terms.SCALED_GRADIENT)

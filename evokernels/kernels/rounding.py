@@ -44,6 +44,8 @@ def random_bits(parameter: torch.Tensor, name: str, rounding: Rounding, t: int) 
     Elements are counted in the order in which the parameter holds them in memory.
     """
     count = parameter.numel()
+    if not count:  # in no order of dimensions
+        return torch.empty(parameter.shape, dtype=torch.int64, device=parameter.device)
     eighth = torch.arange((count + 7) // 8, dtype=torch.int64, device=parameter.device)
     zeros = torch.zeros_like(eighth)
     counter = (
