@@ -83,6 +83,9 @@ void evk_commit(const evk_watch *watch, int32_t cleared) {
         if (!watch->gradients[i].tensor) continue;
         watch->counts[i] = watch->expected_counts[i] += 1;
         f->bump_version(watch->parameters[i].tensor);
-        if (cleared) f->bump_version(gradient_of(f, watch->parameters[i].tensor));
+        if (!cleared) continue;
+        /* torch throws at inference tensors, which count no versions; C cannot catch that */
+        void *gradient = gradient_of(f, watch->parameters[i].tensor);
+        if (gradient && !f->is_inference(gradient)) f->bump_version(gradient);
     }
 }

@@ -20,6 +20,7 @@ typedef struct {
     int32_t (*get_data_ptr)(void *tensor, void **result);
     void *(*get_grad)(const void *implementation);
     bool (*is_neg)(const void *tensor);
+    bool (*is_inference)(const void *tensor);
     void (*bump_version)(const void *tensor);
     void *(*dict_get)(void *dict, void *key);
     int (*dict_next)(void *dict, intptr_t *position, void **key, void **value);
@@ -44,7 +45,8 @@ typedef struct {
     /* parameters, and their gradients (of which `tensor` only says whether there was one) */
     int64_t parameter_count;
     const evk_seen *parameters, *gradients;
-    /* moments are told by their address: their memory is kept, so nothing else moves in there */
+    /* moments, and the array of counts as a tensor: told by their address, since their memory is
+     * kept and nothing else moves in there */
     int64_t moment_count;
     void *const *moments;
     void *const *moment_addresses;

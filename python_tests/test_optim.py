@@ -962,3 +962,46 @@ def test_explain_prints_where_it_is_told(capsys):
 def test_explain_errors(genome, options, error, message):
     with pytest.raises(error, match=message):
         evokernels.explain(genome, **options)
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        torch.zeros(1, dtype=torch.float64).expand(4),
+        torch.ones(4, dtype=torch.float64)._neg_view(),
+        torch.ones(4, dtype=torch.float64).to_sparse(),
+    ],
+    ids=["expanded", "negated", "sparse"],
+)
+def test_moments_that_cannot_be_written_one_by_one_are_an_error(backend, moment):
+    p = parameter(4)
+    optimizer = FusedEvolvedOptimizer([p], zoo.adamw, backend=backend)
+    train(optimizer, (p, gradients(2, p)))
+    optimizer.state[p]["exp_avg"] = moment
+    before = p.detach().clone()
+    with pytest.raises(OptimizerError, match="exp_avg of shape"):
+        optimizer.step()
+    assert torch.equal(p, before)
+    assert optimizer.state[p]["step"] == 2
+
+
+def test_the_default_device_does_not_matter(backend):
+    p, q = parameter(4), parameter(4)
+    given = gradients(3, p)
+    for device, x in (("cpu", p), ("meta", q)):
+        with torch.device(device):
+            # columns of one matrix: whether they share memory is asked element by element
+            columns = torch.ones(3, 2, device="cpu").unbind(1)
+            ps = [x, *map(nn.Parameter, columns)]
+            optimizer = FusedEvolvedOptimizer(ps, zoo.adamw, max_grad_norm=1.0, backend=backend)
+            train(optimizer, (x, given))
+    assert torch.equal(p, q)
+
+
+def test_a_gradient_on_another_device_is_an_error():
+    p = parameter(4)
+    optimizer = FusedEvolvedOptimizer([p], SIGN, backend="cpu")
+    train(optimizer, (p, gradients(1, p)))
+    (plan,) = optimizer._binding.plans  # of the CPU; p.data = p.cpu() leaves the gradient behind
+    with pytest.raises(OptimizerError, match="on meta"):
+        plan.sum_of_squares([torch.ones(4, dtype=p.dtype, device="meta")])

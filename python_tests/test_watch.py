@@ -13,7 +13,7 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from evokernels import FusedEvolvedOptimizer, zoo
-from evokernels.errors import BackendError
+from evokernels.errors import BackendError, OptimizerError
 from evokernels.kernels import foreign as foreign_module
 from evokernels.kernels.foreign import Foreign, dtype_number, foreign, tensor_address
 from evokernels.optim import binding
@@ -88,6 +88,22 @@ def gradient_without_memory(optimizer, ps, waiting):
     ps[0].grad = TwoTensor(normal(4, seed=9), normal(4, seed=9))
 
 
+def gradient_freed(optimizer, ps, waiting):
+    ps[0].grad.untyped_storage().resize_(0)
+
+
+def gradient_of_unwritten_zeros(optimizer, ps, waiting):
+    ps[0].grad = torch._efficientzerotensor(4)
+
+
+def parameter_freed(optimizer, ps, waiting):
+    ps[0].untyped_storage().resize_(0)
+
+
+def moment_freed(optimizer, ps, waiting):
+    optimizer.state[ps[0]]["exp_avg"].untyped_storage().resize_(0)
+
+
 def parameter_moved(optimizer, ps, waiting):
     ps[0].data = normal(4, seed=9)
 
@@ -125,6 +141,11 @@ def steps_replaced(optimizer, ps, waiting):
 
 def steps_in_place(optimizer, ps, waiting):
     optimizer.state[ps[0]]["step"].fill_(50)
+
+
+def steps_shared_with_other_processes(optimizer, ps, waiting):
+    for p in ps:
+        optimizer.state[p]["step"].share_memory_()
 
 
 def state_cleared(optimizer, ps, waiting):
@@ -179,7 +200,8 @@ def parameters_in_a_tuple(optimizer, ps, waiting):
 
 NOTICED = [
     *(no_gradient, waiting_gradient, transposed_gradient, negated_view, sparse_gradient),
-    *(gradient_without_memory,),
+    *(gradient_without_memory, gradient_freed, gradient_of_unwritten_zeros),
+    *(parameter_freed, moment_freed, steps_shared_with_other_processes),
     *(parameter_moved, parameter_transposed, parameter_swapped, parameter_resized),
     *(moment_replaced, moment_moved, steps_replaced, steps_in_place),
     *(state_cleared, state_of_one_gone, something_more_in_the_state),
@@ -249,7 +271,89 @@ def test_tensors_of_other_types_and_inference_tensors_are_not_looked_at_natively
     assert not binding.can_watch([inference])
 
 
+@pytest.mark.parametrize(
+    "change",
+    [gradient_freed, gradient_of_unwritten_zeros, parameter_freed, moment_freed],
+    ids=lambda c: c.__name__,
+)
+def test_what_has_no_memory_is_an_error(change):
+    optimizer, *things = prepared()
+    change(optimizer, *things)
+    with pytest.raises(OptimizerError, match="memory"):
+        optimizer.step()
+    assert {s["step"].item() for s in optimizer.state.values()} == {3}
+
+
+def test_counts_go_on_where_other_processes_see_them():
+    optimizer, ps, waiting = prepared()
+    steps_shared_with_other_processes(optimizer, ps, waiting)
+    for step in range(3):
+        gradients(ps, step)
+        optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in ps] == [6] * len(ps)
+
+
+def test_an_inference_gradient_that_is_cleared_counts_no_version():
+    optimizer, ps, _ = prepared()
+    optimizer.zero_grads = True
+    gradients(ps, 7)
+    with torch.inference_mode():
+        ps[0].grad = torch.ones(4)
+    assert unchanged(optimizer)
+    optimizer.step()
+    assert not ps[0].grad.any()
+    assert optimizer.state[ps[0]]["step"] == 4
+
+
+@pytest.mark.parametrize("natively", [True, False])
+def test_a_step_that_is_interrupted_after_the_update_is_counted(natively, monkeypatch):
+    optimizer, ps, _ = prepared()
+    versions = [p._version for p in ps]
+    if not natively:
+        optimizer._binding._watch = None
+    (plan,) = optimizer._binding.plans
+    launch = plan.launch
+
+    def launch_and_interrupt(clear):
+        launch(clear)
+        raise KeyboardInterrupt  # as Python does it: when the native call has returned
+
+    monkeypatch.setattr(plan, "launch", launch_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    monkeypatch.undo()
+    assert [optimizer.state[p]["step"].item() for p in ps] == [4] * len(ps)
+    if natively:
+        assert [p._version for p in ps] == [version + 1 for version in versions]
+    for step in range(3):
+        gradients(ps, step)
+        optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in ps] == [7] * len(ps)
+
+
+def test_a_step_that_is_interrupted_before_the_update_is_not_counted(monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    optimizer, ps, _ = prepared()
+    for watch in (optimizer._binding._watch, None):
+        optimizer._binding._watch = watch
+        with monkeypatch.context() as patch:
+            patch.setattr(optimizer._binding, "_numbers", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                optimizer.step()
+        assert [optimizer.state[p]["step"].item() for p in ps] == [3] * len(ps)
+
+
 # Foreign functions
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.device("meta")])
+def test_they_are_found_in_every_mode_of_torch(mode):
+    foreign.cache_clear()
+    foreign_module._offset.cache_clear()
+    with mode():
+        foreign()
 
 
 def test_tensors_lie_where_they_are_thought_to_lie():
@@ -261,10 +365,15 @@ def test_tensors_lie_where_they_are_thought_to_lie():
 
 
 @pytest.mark.parametrize(
-    ("field", "stand_in"), [("is_neg", lambda tensor: True), ("bump_version", lambda tensor: None)]
+    ("field", "stand_in"),
+    [
+        ("is_neg", lambda tensor: True),
+        ("is_inference", lambda tensor: False),
+        ("bump_version", lambda tensor: None),
+    ],
 )
 def test_a_torch_that_answers_differently_is_not_read(field, stand_in):
-    result = ctypes.c_bool if field == "is_neg" else None
+    result = None if field == "bump_version" else ctypes.c_bool
     function = ctypes.CFUNCTYPE(result, ctypes.c_void_p)(stand_in)
     values = {name: getattr(foreign(), name) for name, _ in Foreign._fields_}
     values[field] = ctypes.cast(function, ctypes.c_void_p).value

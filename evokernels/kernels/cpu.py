@@ -133,11 +133,16 @@ class CpuPlan:
     def _look_at(self, gradients: Sequence[torch.Tensor | None]) -> None:
         """Take the gradients' addresses, and adapt to how they lie where that has changed."""
         keys = [
-            None if g is None else (g.stride(), g.shape, g.dtype, g.is_neg()) for g in gradients
+            None if g is None else (g.stride(), g.shape, g.dtype, g.is_neg(), g.device)
+            for g in gradients
         ]
         if keys != self._gradient_keys:
             self._adapt(gradients, keys)
-        self.addresses[:] = [None if g is None else g.data_ptr() for g in gradients]
+        addresses = [None if g is None else g.data_ptr() for g in gradients]
+        # null: freed storage, or zeros that torch has not written; the kernel would pass them over
+        if any(address == 0 and g.numel() for address, g in zip(addresses, gradients, strict=True)):
+            raise OptimizerError("a gradient has no memory: its storage was freed or never written")
+        self.addresses[:] = addresses
 
     def _adapt(self, gradients: Sequence[torch.Tensor | None], keys: list[tuple | None]) -> None:
         """Choose kernel and layout of each tensor for gradients as they lie now."""
@@ -147,11 +152,12 @@ class CpuPlan:
             if gradient is None or keys[i] == known[i]:
                 continue
             parameter = bound.parameter
-            if keys[i][1:] != (parameter.shape, parameter.dtype, False):
+            if keys[i][1:] != (parameter.shape, parameter.dtype, False, parameter.device):
                 raise OptimizerError(
-                    f"a gradient is {gradient.dtype} of shape {tuple(gradient.shape)}, its "
-                    f"parameter {parameter.dtype} of shape {tuple(parameter.shape)}; both must be "
-                    "the same, and no negated view"
+                    f"a gradient is {gradient.dtype} of shape {tuple(gradient.shape)} on "
+                    f"{gradient.device}, its parameter {parameter.dtype} of shape "
+                    f"{tuple(parameter.shape)} on {parameter.device}; both must be the same, and "
+                    "no negated view"
                 )
             dense = lies_densely(gradient, self._orders[i])
             layout = None if dense else _Layout(gradient, self._orders[i])

@@ -1,6 +1,6 @@
 """Functions of torch and Python that the native library calls, by address: evk_foreign.
 
-Most belong to torch's stable C interface; three C++ functions have names that may change with
+Most belong to torch's stable C interface; four C++ functions have names that may change with
 torch, and where a Python tensor keeps its implementation is nowhere written down. So nothing is
 taken on trust: all of it is tried on tensors made for that, and where one answer is not torch's
 own, the library looks at no tensor and Python does it, slower.
@@ -32,6 +32,7 @@ _TORCH_STABLE = {
 _TORCH_CORE = {"get_grad": "_ZNK3c1010TensorImpl4gradEv"}  # c10::TensorImpl::grad() const
 _TORCH = {
     "is_neg": "_ZN2at6native6is_negERKNS_6TensorE",  # at::native::is_neg
+    "is_inference": "_ZN2at6native12is_inferenceERKNS_6TensorE",  # at::native::is_inference
     # torch::autograd::impl::bump_version
     "bump_version": "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE",
 }
@@ -75,7 +76,7 @@ def foreign() -> Foreign:
             for field, symbol in symbols.items()
         }
         table = Foreign(**addresses, strided=torch_cpu.aoti_torch_layout_strided())
-        table.undefined = _content(_getter(table)(torch.empty(0)._cdata))
+        table.undefined = _content(_getter(table)(torch.empty(0, device="cpu")._cdata))
         _try_out(table)
     except (OSError, AttributeError, ValueError) as error:
         raise BackendError(f"torch {torch.__version__} is another than expected: {error}") from None
@@ -101,7 +102,8 @@ def _torch_library(name: str) -> ctypes.CDLL:
 def _offset() -> int:
     """Where in a Python tensor the address of its implementation stands: the one place where it is
     found in several tensors."""
-    probes = [torch.empty(1), torch.empty(2, 3), torch.nn.Parameter(torch.empty(1))]
+    probes = [torch.empty(shape, device="cpu") for shape in (1, (2, 3))]
+    probes.append(torch.nn.Parameter(probes[0]))
     words = torch.Tensor.__basicsize__ // ctypes.sizeof(ctypes.c_void_p)
     places = set(range(words))
     for probe in probes:
@@ -111,15 +113,21 @@ def _offset() -> int:
     return place * ctypes.sizeof(ctypes.c_void_p)
 
 
+@torch.inference_mode(False)  # whose tensors count no versions
 def _try_out(table: Foreign) -> None:
     """Raises ValueError if the table says anything else about a tensor than torch does."""
     get_grad = _getter(table)
-    is_neg = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(table.is_neg)
+    is_neg, is_inference = (
+        ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(function)
+        for function in (table.is_neg, table.is_inference)
+    )
     bump_version = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(table.bump_version)
     get_data_ptr = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)(
         table.get_data_ptr
     )
-    plain = torch.zeros(3, 4)
+    plain = torch.zeros(3, 4, device="cpu")
+    with torch.inference_mode():
+        inference = torch.zeros(1, device="cpu")
     parameter = torch.nn.Parameter(plain.t()[1:])
     if _content(get_grad(parameter._cdata)) != table.undefined:
         raise ValueError("gradients are not where they were")
@@ -130,6 +138,8 @@ def _try_out(table: Foreign) -> None:
         expected = (gradient._cdata, gradient.data_ptr(), gradient.is_neg())
         if (_content(address), data.value, is_neg(address)) != expected:
             raise ValueError("gradients are not what they were")
+    if is_inference(tensor_address(plain)) or not is_inference(tensor_address(inference)):
+        raise ValueError("inference tensors are not what they were")
     before = plain._version
     bump_version(tensor_address(plain))
     if plain._version != before + 1:

@@ -93,7 +93,8 @@ def _span(tensor: torch.Tensor) -> tuple[int, int]:
 
 def _addresses(tensor: torch.Tensor) -> torch.Tensor:
     """The addresses of all elements."""
-    addresses = torch.tensor(tensor.data_ptr())
+    addresses = torch.tensor(tensor.data_ptr(), device="cpu")
     for stride, size in zip(tensor.stride(), tensor.shape, strict=True):
-        addresses = addresses[..., None] + torch.arange(size) * stride * tensor.element_size()
+        steps = torch.arange(size, device="cpu") * stride * tensor.element_size()
+        addresses = addresses[..., None] + steps
     return addresses

@@ -59,7 +59,7 @@ class Watch:
 
     Args:
         parameters, gradients: of one length; a gradient may be None.
-        moments: all of them.
+        moments: tensors whose address must stay: all moments and the step counts.
         waiting: parameters that must go on having no gradient.
         counts, expected_counts: how often each parameter was updated, float64; and as this
             object counts them.

@@ -66,13 +66,14 @@ class Binding:
         self._sharded = [i for i, p in enumerate(self._parameters) if p is not self._local[i]]
         self._sum_over_shards = SumOverShards(self._parameters)
         self._keys = memory_keys(self._local)
-        # a moment is told by its address alone: its memory is kept, so nothing else moves in there
-        self._moments = [moment for m in members for moment in m.bound.moments.values()]
-        self._kept = [moment.untyped_storage() for moment in self._moments]
-        self._addresses = [moment.data_ptr() for moment in self._moments]
+        # moments and counts are told by their address alone: their memory is kept, so nothing else
+        # moves in there; share_memory_ and sending a state to another process move it
+        moments = [moment for m in members for moment in m.bound.moments.values()]
+        self._kept = [*moments, steps]
+        self._storages = [tensor.untyped_storage() for tensor in self._kept]
+        self._addresses = [tensor.data_ptr() for tensor in self._kept]
         self._counts = steps.numpy()
         self._expected_counts = self._counts.copy()
-        self._counting: Any = 1.0  # what a step adds: 1, or whether there is a gradient
         self._present: list[bool] = []
         self._rows: list[int] = []
         self._first_of_row: list[int] = []
@@ -81,7 +82,7 @@ class Binding:
             chosen = [i for i, member in enumerate(members) if member.backend is backend]
             self._plans.append((backend.bind([members[i].bound for i in chosen]), chosen))
         self._watch: Watch | None = None
-        tensors = [*self._parameters, *waiting, *self._moments]
+        tensors = [*self._parameters, *waiting, *self._kept]
         one_native = [type(plan) for plan, _ in self._plans] == [CpuPlan]
         self._can_watch = one_native and can_watch(tensors)
 
@@ -99,7 +100,7 @@ class Binding:
             # FSDP gives a parameter another local tensor when its module is moved or loaded
             and all(self._parameters[i]._local_tensor is self._local[i] for i in self._sharded)
             and memory_keys(self._local) == self._keys
-            and [moment.data_ptr() for moment in self._moments] == self._addresses
+            and [tensor.data_ptr() for tensor in self._kept] == self._addresses
             and all(parameter.grad is None for parameter in self._waiting)
         )
 
@@ -120,11 +121,10 @@ class Binding:
             return False
         plan, _ = self._plans[0]
         factor = _gradient_factor(unscale, max_grad_norm, plan.squares)
-        plan.relaunch(
-            [self._numbers(i, int(self._counts[i]) + 1, factor) for i in self._first_of_row],
-            clear,
-        )
+        numbers = [self._numbers(i, int(self._counts[i]) + 1, factor) for i in self._first_of_row]
+        # first, since Ctrl-C during the native call is raised behind it, when all is updated
         watch.commit(clear)
+        plan.relaunch(numbers, clear)
         return True
 
     def step(self, unscale: float, max_grad_norm: float | None, clear: bool) -> None:
@@ -148,16 +148,16 @@ class Binding:
         if not as_before or (self._counts != self._expected_counts).any():
             self._rows = []  # tensors with gradients in the same steps keep counting alike
         self._present = present
-        self._counts += present
+        if not self._rows:
+            self._assign_rows()
+        factor = _gradient_factor(
+            unscale,
+            max_grad_norm,
+            lambda: self._sum_over_shards(lambda members: self._squares(gradients, members)),
+        )
+        numbers = [self._numbers(i, int(self._counts[i]) + 1, factor) for i in self._first_of_row]
+        self._counts += present  # first, as in `repeat`
         try:
-            if not self._rows:
-                self._assign_rows()
-            factor = _gradient_factor(
-                unscale,
-                max_grad_norm,
-                lambda: self._sum_over_shards(lambda members: self._squares(gradients, members)),
-            )
-            numbers = [self._numbers(i, int(self._counts[i]), factor) for i in self._first_of_row]
             for plan, m in self._plans:
                 plan.run(
                     [gradients[i] for i in m], [self._rows[i] for i in m], numbers, clear=clear
@@ -171,7 +171,7 @@ class Binding:
             self._watch = Watch(
                 self._parameters,
                 gradients,
-                self._moments,
+                self._kept,
                 self._waiting,
                 self._counts,
                 self._expected_counts,

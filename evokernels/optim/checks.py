@@ -21,6 +21,7 @@ __all__ = [
     "check_genome",
     "check_group",
     "check_moment",
+    "check_moment_memory",
     "check_parameter",
     "nonnegative",
 ]
@@ -114,7 +115,7 @@ def check_parameter(parameter: torch.Tensor) -> None:
     if lacks_memory(local(parameter)):
         raise OptimizerError(
             f"{what} is a {type(parameter).__name__}, which has no memory of its own that a kernel "
-            "could write; parameters must be torch.nn.Parameter or DTensor"
+            "could write; parameters must be torch.nn.Parameter or DTensor, their storage allocated"
         )
     if overlaps_itself(local(parameter)):
         raise OptimizerError(
@@ -168,6 +169,16 @@ def check_moment(name: str, moment: Any, parameter: torch.Tensor) -> None:
             f"{name} of a parameter of shape {shape} is placed {_words(moment)}, the parameter "
             f"{_words(parameter)}; load the state with "
             "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, which shards it"
+        )
+
+
+def check_moment_memory(name: str, moment: torch.Tensor) -> None:
+    """Raises OptimizerError for a moment whose elements a kernel cannot write one by one."""
+    part = local(moment)
+    if part.layout != torch.strided or part.is_neg() or lacks_memory(part) or overlaps_itself(part):
+        raise OptimizerError(
+            f"{name} of shape {tuple(moment.shape)} must be a dense tensor with memory for each "
+            "element: neither sparse, expanded, a negated view nor with its storage freed"
         )
 
 

@@ -22,6 +22,7 @@ from evokernels.optim.checks import (
     check_genome,
     check_group,
     check_moment,
+    check_moment_memory,
     check_parameter,
     nonnegative,
 )
@@ -240,7 +241,7 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
                 states.append((float(state.get("step", 0.0)), named))
         check_apart([member.parameter for member in members])
         # nothing has changed up to here, and nothing fails from here on
-        steps = torch.tensor([step for step, _ in states], dtype=torch.float64)
+        steps = torch.tensor([step for step, _ in states], dtype=torch.float64, device="cpu")
         for member, step, (_, moments) in zip(members, steps, states, strict=True):
             self.state[member.parameter].update(step=step, **moments)
         return Binding(members, waiting, steps, self.param_groups, self.state)
@@ -293,6 +294,7 @@ def _moments(
         if name in state:
             check_moment(name, state[name], parameter)
             moments[moment] = state[name].to(parameter.device, dtype)
+            check_moment_memory(name, moments[moment])
         else:
             moments[moment] = torch.zeros_like(
                 parameter, dtype=dtype, memory_format=torch.preserve_format

@@ -44,8 +44,8 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def lacks_memory(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is of a class that only wraps others: its address is null."""
-    return type(tensor) not in PLAIN and tensor.numel() > 0 and tensor.data_ptr() == 0
+    """Whether a tensor's address is null: a class that only wraps others, or storage was freed."""
+    return tensor.numel() > 0 and tensor.data_ptr() == 0
 
 
 def local_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
@@ -113,7 +113,9 @@ class SumOverShards:
         total = local_sum(self._plain) if self._plain else 0.0
         for mesh, patterns in self._meshes.items():
             sums = torch.tensor(
-                [local_sum(members) for members in patterns.values()], dtype=torch.float64
+                [local_sum(members) for members in patterns.values()],
+                dtype=torch.float64,
+                device="cpu",
             )
             for dimension in range(mesh.ndim):
                 split = [k for k, pattern in enumerate(patterns) if pattern[dimension]]
