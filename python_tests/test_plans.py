@@ -396,6 +396,7 @@ def test_flushing_denormals_does_not_depend_on_the_number_of_threads(threads):
             squares = plan.sum_of_squares(inputs[:1])
         finally:
             torch.set_flush_denormal(False)
+        assert same_bits(inputs[0] * 1, inputs[0])  # by torch, on the same threads
         assert len(set(parameter.view(torch.int32).tolist())) == 1
         assert (parameter[0] == 0, squares == 0) == (flush, flush)
 
