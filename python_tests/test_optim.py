@@ -1005,3 +1005,20 @@ def test_a_gradient_on_another_device_is_an_error():
     (plan,) = optimizer._binding.plans  # of the CPU; p.data = p.cpu() leaves the gradient behind
     with pytest.raises(OptimizerError, match="on meta"):
         plan.sum_of_squares([torch.ones(4, dtype=p.dtype, device="meta")])
+
+
+def test_a_step_post_hook_alone_is_called():
+    p, seen = parameter(3), []
+    optimizer = FusedEvolvedOptimizer([p], SIGN)
+    optimizer.register_step_post_hook(lambda *_: seen.append(1))
+    train(optimizer, (p, gradients(3, p)))
+    assert len(seen) == 3
+
+
+def test_parameters_that_come_to_share_memory_are_an_error(backend):
+    p, q = parameter(3), parameter(3)
+    optimizer = FusedEvolvedOptimizer([p, q], SIGN, backend=backend)
+    train(optimizer, (p, gradients(3, p)), (q, gradients(3, q)))
+    q.data = p.data
+    with pytest.raises(OptimizerError, match="share memory"):
+        optimizer.step()

@@ -15,6 +15,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from evokernels import FusedEvolvedOptimizer, zoo
 from evokernels.errors import BackendError, OptimizerError
 from evokernels.kernels import foreign as foreign_module
+from evokernels.kernels.cpu import CpuBackend
 from evokernels.kernels.foreign import Foreign, dtype_number, foreign, tensor_address
 from evokernels.optim import binding
 
@@ -86,6 +87,10 @@ def sparse_gradient(optimizer, ps, waiting):
 
 def gradient_without_memory(optimizer, ps, waiting):
     ps[0].grad = TwoTensor(normal(4, seed=9), normal(4, seed=9))
+
+
+def gradient_of_another_dtype(optimizer, ps, waiting):
+    ps[0].grad.data = ps[0].grad.data.view(torch.int32)
 
 
 def gradient_freed(optimizer, ps, waiting):
@@ -172,6 +177,10 @@ def another_state_dtype(optimizer, ps, waiting):
     optimizer.param_groups[0]["state_dtype"] = torch.bfloat16
 
 
+def another_seed(optimizer, ps, waiting):
+    optimizer.param_groups[0]["seed"] = 7
+
+
 def parameter_taken_out(optimizer, ps, waiting):
     optimizer.param_groups[0]["params"].pop()
 
@@ -201,11 +210,12 @@ def parameters_in_a_tuple(optimizer, ps, waiting):
 NOTICED = [
     *(no_gradient, waiting_gradient, transposed_gradient, negated_view, sparse_gradient),
     *(gradient_without_memory, gradient_freed, gradient_of_unwritten_zeros),
+    *(gradient_of_another_dtype,),
     *(parameter_freed, moment_freed, steps_shared_with_other_processes),
     *(parameter_moved, parameter_transposed, parameter_swapped, parameter_resized),
     *(moment_replaced, moment_moved, steps_replaced, steps_in_place),
     *(state_cleared, state_of_one_gone, something_more_in_the_state),
-    *(another_genome, an_equal_genome, another_state_dtype),
+    *(another_genome, an_equal_genome, another_state_dtype, another_seed),
     *(parameter_taken_out, parameter_added_behind, group_replaced, group_added),
     *(groups_in_a_tuple, parameters_in_a_tuple),
 ]
@@ -343,6 +353,25 @@ def test_a_step_that_is_interrupted_before_the_update_is_not_counted(monkeypatch
             with pytest.raises(KeyboardInterrupt):
                 optimizer.step()
         assert [optimizer.state[p]["step"].item() for p in ps] == [3] * len(ps)
+
+
+@pytest.mark.filterwarnings("ignore:updating with the slow")
+def test_a_model_of_two_backends_is_updated_as_a_whole(monkeypatch):
+    why_not = CpuBackend.why_not
+
+    def only_float32(self, program, device, dtype):
+        rejected = dtype != torch.float32 and "for this test"
+        return rejected or why_not(self, program, device, dtype)
+
+    monkeypatch.setattr(CpuBackend, "why_not", only_float32)
+    ps = [nn.Parameter(torch.ones(4, dtype=dtype)) for dtype in (torch.float32, torch.float64)]
+    optimizer = FusedEvolvedOptimizer(ps, zoo.adamw)
+    for _ in range(5):
+        for p in ps:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert len(optimizer._binding.plans) == 2
+    assert torch.allclose(ps[0], ps[1].float(), rtol=1e-6)
 
 
 # Foreign functions
