@@ -173,6 +173,14 @@ def an_equal_genome(optimizer, ps, waiting):
     optimizer.param_groups[1]["genome"] = dataclasses.replace(zoo.adamw)
 
 
+def another_total(optimizer, ps, waiting):
+    optimizer.param_groups[0]["total_steps"] = -5
+
+
+def impossible_steps(optimizer, ps, waiting):
+    optimizer.state[ps[0]]["step"].fill_(-5)
+
+
 def another_state_dtype(optimizer, ps, waiting):
     optimizer.param_groups[0]["state_dtype"] = torch.bfloat16
 
@@ -215,7 +223,14 @@ NOTICED = [
     *(parameter_moved, parameter_transposed, parameter_swapped, parameter_resized),
     *(moment_replaced, moment_moved, steps_replaced, steps_in_place),
     *(state_cleared, state_of_one_gone, something_more_in_the_state),
-    *(another_genome, an_equal_genome, another_state_dtype, another_seed),
+    *(
+        another_genome,
+        an_equal_genome,
+        another_state_dtype,
+        another_total,
+        impossible_steps,
+        another_seed,
+    ),
     *(parameter_taken_out, parameter_added_behind, group_replaced, group_added),
     *(groups_in_a_tuple, parameters_in_a_tuple),
 ]
@@ -426,3 +441,19 @@ def test_training_goes_on_with_a_torch_or_python_that_cannot_be_read(what, monke
         assert outcome(new_gradients) == expected
     finally:
         foreign.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (another_total, "total_steps must be a positive"),
+        (impossible_steps, "step in the state must"),
+    ],
+)
+def test_what_is_spoilt_between_steps_is_turned_down_and_nothing_moves(spoil, message):
+    optimizer, ps, waiting = prepared()
+    spoil(optimizer, ps, waiting)
+    before = [p.tolist() for p in ps]
+    with pytest.raises(OptimizerError, match=message):
+        optimizer.step()
+    assert [p.tolist() for p in ps] == before

@@ -16,7 +16,7 @@ from evokernels.kernels.cpu import CpuPlan
 from evokernels.kernels.memory import memory_keys
 from evokernels.kernels.plan import Backend, BoundTensor, Numbers, Plan
 from evokernels.kernels.watch import Watch, can_watch
-from evokernels.optim.checks import beta_pair, check_parameter, nonnegative
+from evokernels.optim.checks import beta_pair, check_counts, check_parameter, nonnegative
 from evokernels.optim.sharding import PLAIN, SumOverShards, local_gradient
 from evokernels.schedule import learning_rate_factor
 
@@ -24,8 +24,11 @@ __all__ = ["Binding", "Member"]
 
 _EXPECTED = PLAIN | {type(None)}  # classes of gradients that need no closer look
 
-# Options of a group on which more than the numbers of a step depends.
-_STRUCTURE = ("genome", "state_dtype", "stochastic_rounding", "seed")
+# Options of a group that are looked at when parameters are bound: others mean binding again.
+_STRUCTURE = (
+    *("genome", "total_steps", "maximize"),
+    *("state_dtype", "stochastic_rounding", "seed"),
+)
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,7 @@ class Binding:
         present = [gradient is not None for gradient in gradients]
         as_before = present == self._present
         if not as_before or (self._counts != self._expected_counts).any():
+            check_counts(self._counts)
             self._rows = []  # tensors with gradients in the same steps keep counting alike
         self._present = present
         if not self._rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from evokernels.optim.sharding import is_dtensor, lacks_memory, local, placement
 __all__ = [
     "beta_pair",
     "check_apart",
+    "check_counts",
     "check_flag",
     "check_genome",
     "check_group",
@@ -66,6 +68,13 @@ def check_group(group: dict[str, Any]) -> None:
         )
     if not _is_whole(group["seed"]) or not 0 <= group["seed"] < 2**64:
         raise OptimizerError(f"seed must be a whole number in [0, 2^64), got {group['seed']!r}")
+
+
+def check_counts(steps: Iterable[float]) -> None:
+    """Raises OptimizerError for numbers of steps that nobody can have taken."""
+    for step in steps:
+        if not 0 <= step < math.inf:
+            raise OptimizerError(f"step in the state must be a whole number from 0 on, got {step}")
 
 
 def check_flag(name: str, value: Any) -> None:
