@@ -158,23 +158,23 @@ void evk_step(const evk_tensor *tensors, void *const *gradients, const evk_numbe
     const int clear_afterwards = clear && share_memory(tensors, gradients, count, spans);
     const int clear_at_once = clear && !clear_afterwards;
 #ifdef _OPENMP
-    fenv_t callers; /* flush-to-zero mode is each thread's own: all compute as the caller does */
-    fegetenv(&callers);
-#pragma omp parallel num_threads(threads) if (threads > 1 && total > SMALL)
-    {
-        fenv_t own;
-        fegetenv(&own);
-        fesetenv(&callers);
-        const int64_t team = omp_get_num_threads(), self = omp_get_thread_num();
-        const int64_t share = (total / team / SHARE + 1) * SHARE;
-        update_range(tensors, gradients, numbers, rows, count, self * share,
-                     smaller((self + 1) * share, total), clear_at_once);
-        fesetenv(&own);
-    }
-#else
-    (void)threads;
-    update_range(tensors, gradients, numbers, rows, count, 0, total, clear_at_once);
+    if (threads > 1 && total > SMALL) {
+        fenv_t callers; /* flush-to-zero mode is each thread's own: all compute as the caller does */
+        fegetenv(&callers);
+#pragma omp parallel num_threads(threads)
+        {
+            const int64_t team = omp_get_num_threads(), self = omp_get_thread_num();
+            const int64_t share = (total / team / SHARE + 1) * SHARE;
+            fenv_t own;
+            if (self) fegetenv(&own), fesetenv(&callers);
+            update_range(tensors, gradients, numbers, rows, count, self * share,
+                         smaller((self + 1) * share, total), clear_at_once);
+            if (self) fesetenv(&own);
+        }
+    } else
 #endif
+        update_range(tensors, gradients, numbers, rows, count, 0, total, clear_at_once);
+    (void)threads;
     for (int64_t i = 0; clear_afterwards && i < count; ++i)
         if (gradients[i]) clear_gradient(&tensors[i], gradients[i], 0, tensors[i].elements);
 }

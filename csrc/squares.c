@@ -81,6 +81,14 @@ static double chunk_sum(walk *at, int64_t first, int64_t end) {
     return lanes[0];
 }
 
+/* Chunks [first, end). */
+static void chunk_sums(const evk_tensor *tensors, void *const *gradients, int64_t count,
+                       int64_t length, int64_t total, int64_t first, int64_t end, double *sums) {
+    walk at = {tensors, gradients, count, 0, 0};
+    for (int64_t c = first; c < end; ++c)
+        sums[c] = chunk_sum(&at, c * length, smaller((c + 1) * length, total));
+}
+
 double evk_sum_of_squares(const evk_tensor *tensors, void *const *gradients, int64_t count,
                           int32_t threads) {
     int64_t total = 0;
@@ -90,28 +98,23 @@ double evk_sum_of_squares(const evk_tensor *tensors, void *const *gradients, int
     if (length < SHORTEST_CHUNK) length = SHORTEST_CHUNK;
     const int64_t chunks = (total + length - 1) / length;
     double sums[CHUNKS];
-    if (chunks < threads) threads = chunks > 0 ? (int32_t)chunks : 1;
+#ifdef _OPENMP
+    if (threads > 1 && chunks > 1) {
+        fenv_t callers; /* as in evk_step */
+        fegetenv(&callers);
+#pragma omp parallel num_threads(threads)
+        {
+            const int64_t team = omp_get_num_threads(), self = omp_get_thread_num();
+            fenv_t own;
+            if (self) fegetenv(&own), fesetenv(&callers);
+            chunk_sums(tensors, gradients, count, length, total, chunks * self / team,
+                       chunks * (self + 1) / team, sums);
+            if (self) fesetenv(&own);
+        }
+    } else
+#endif
+        chunk_sums(tensors, gradients, count, length, total, 0, chunks, sums);
     (void)threads;
-#ifdef _OPENMP
-    fenv_t callers; /* as in evk_step */
-    fegetenv(&callers);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-#endif
-    {
-        int64_t team = 1, self = 0;
-#ifdef _OPENMP
-        team = omp_get_num_threads(), self = omp_get_thread_num();
-        fenv_t own;
-        fegetenv(&own);
-        fesetenv(&callers);
-#endif
-        walk at = {tensors, gradients, count, 0, 0};
-        for (int64_t c = chunks * self / team; c < chunks * (self + 1) / team; ++c)
-            sums[c] = chunk_sum(&at, c * length, smaller((c + 1) * length, total));
-#ifdef _OPENMP
-        fesetenv(&own);
-#endif
-    }
     double sum = 0;
     for (int64_t c = 0; c < chunks; ++c) sum += sums[c];
     return sum;
