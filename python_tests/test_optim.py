@@ -13,6 +13,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
+from contract import RICH
 from torch import nn
 
 import evokernels
@@ -23,18 +24,6 @@ from evokernels.schedule import learning_rate_factor
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
-# Everything that a step can depend on: both moments, their correction, clipping, the schedule.
-RICH = Genome(
-    term_types=["ADAM_TERM", "SIGN_GRAD", "NESTEROV", "SQRT_GRAD"],
-    alphas=[1.0, 0.3, -0.5, 0.2],
-    lr_log10=-2,
-    eps_log10=-3,
-    wd_log10=-1,
-    use_gradient_clipping=True,
-    use_warmup=True,
-    warmup_steps=4,
-    use_cosine_decay=True,
-)
 SIGN = Genome(["SIGN_GRAD"], wd_log10=-math.inf)  # keeps no moments
 
 
