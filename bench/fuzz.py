@@ -184,7 +184,9 @@ class Rule:
         ]
 
     def _random_values(self, shape: Sequence[int]) -> torch.Tensor:
-        return torch.randn(shape, generator=self._values).to(self.dtype)
+        # in float64 all digits differ: 24 of them would leave one rounding for all elements where a
+        # clipped gradient makes the update constant
+        return torch.randn(shape, generator=self._values, dtype=torch.float64).to(self.dtype)
 
     def typical_norm(self) -> float:
         """About the norm of the gradients."""
@@ -211,10 +213,10 @@ class Rule:
         r, shape = self._random, parameter.shape
         repeated = [r.random() < 0.5 for _ in shape] if r.random() < 0.1 else [False] * len(shape)
         own = [min(n, 1) if once else n for n, once in zip(shape, repeated, strict=True)]
-        values = torch.randn(own, generator=self._values)
+        values = torch.randn(own, generator=self._values, dtype=torch.float64)
         # away from zero: with beta2 = 0, m / sqrt(v) near it would leave the range of float16, and
         # the luck of a single rounding would decide whether the largest error is twice another
-        values += torch.full(own, 0.25).copysign(values)
+        values += torch.full(own, 0.25, dtype=torch.float64).copysign(values)
         values = values.mul_(scale).to(self.dtype)
         alike = r.random() < 0.4 and not any(repeated)
         strides = parameter.stride() if alike else arrangement(r, own)
