@@ -202,13 +202,13 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
         self._binding = None
         for group in self.param_groups:
             for parameter in group["params"]:
-                state = self.state.get(parameter, {})
-                for name, value in state.items():
+                values = self.state.get(parameter, {})
+                for name, value in values.items():
                     if isinstance(value, _Uncast):
                         dtype = _state_dtype(group, parameter)
-                        state[name] = value.tensor.to(parameter.device, dtype, copy=True)
-                if isinstance(state.get("step"), torch.Tensor):  # torch shares it with its source
-                    state["step"] = state["step"].clone()
+                        values[name] = value.tensor.to(parameter.device, dtype, copy=True)
+                if isinstance(values.get("step"), torch.Tensor):  # torch shares it with its source
+                    values["step"] = values["step"].clone()
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's list leaves out what a subclass adds; the binding points into memory
