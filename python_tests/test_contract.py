@@ -34,12 +34,6 @@ from torch.testing._internal import common_optimizers as torch_inputs
 from evokernels import FusedEvolvedOptimizer, zoo
 from evokernels.errors import OptimizerError
 
-
-@pytest.fixture(params=["cpu", "eager"])
-def backend(request):
-    return request.param
-
-
 # torch.testing._internal.common_optimizers drives the class
 
 

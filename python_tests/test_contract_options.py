@@ -32,12 +32,6 @@ from torch import nn
 from evokernels import FusedEvolvedOptimizer, zoo
 from evokernels.errors import OptimizerError
 
-
-@pytest.fixture(params=["cpu", "eager"])
-def backend(request):
-    return request.param
-
-
 # Options as such
 
 OPTIMIZER_OPTIONS = {"max_grad_norm": None, "zero_grads": False, "backend": "auto"}

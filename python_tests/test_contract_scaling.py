@@ -36,11 +36,6 @@ from evokernels import Genome, zoo
 GRAD = Genome(term_types=["GRAD"], lr_log10=-1, wd_log10=-math.inf)
 
 
-@pytest.fixture(params=["cpu", "eager"])
-def backend(request):
-    return request.param
-
-
 # Gradient scaling
 
 

@@ -26,12 +26,6 @@ from torch.optim import optimizer as torch_optimizer
 
 from evokernels.kernels.plan import ARITHMETIC
 
-
-@pytest.fixture(params=["cpu", "eager"])
-def backend(request):
-    return request.param
-
-
 # Closures and hooks
 
 

@@ -27,12 +27,6 @@ from torch import nn
 
 from evokernels import Genome, zoo
 
-
-@pytest.fixture(params=["cpu", "eager"])
-def backend(request):
-    return request.param
-
-
 # state_dtype
 
 

@@ -27,11 +27,6 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SIGN = Genome(["SIGN_GRAD"], wd_log10=-math.inf)  # keeps no moments
 
 
-@pytest.fixture(params=["cpu", "eager"])
-def backend(request):
-    return request.param
-
-
 def parameter(*shape, seed=0, dtype=torch.float64):
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return nn.Parameter(values.to(dtype))
