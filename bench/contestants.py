@@ -16,9 +16,9 @@ from eager import eager_update
 
 from evokernels import FusedEvolvedOptimizer, Genome, zoo
 from evokernels.compiler.lower import lower
+from evokernels.compiler.schedule import learning_rate_factor
 from evokernels.kernels.plan import ARITHMETIC
 from evokernels.kernels.registry import select
-from evokernels.schedule import learning_rate_factor
 
 __all__ = [
     *("COMPILED", "CONTESTANTS", "FUSED", "NATIVE", "OURS", "SOURCE"),

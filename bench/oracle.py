@@ -13,8 +13,8 @@ from eager import eager_update
 
 from evokernels import Genome, Term
 from evokernels.compiler.evaluate import reference_step
+from evokernels.compiler.schedule import learning_rate_factor
 from evokernels.kernels.plan import ARITHMETIC
-from evokernels.schedule import learning_rate_factor
 
 __all__ = [
     *("DTYPES", "SHAPES", "allowed_distance", "assert_near", "eager_step", "eager_steps"),

@@ -16,8 +16,8 @@ from torch import nn
 
 from evokernels import FusedEvolvedOptimizer, Genome, zoo
 from evokernels.compiler.evaluate import reference_step
+from evokernels.compiler.schedule import learning_rate_factor
 from evokernels.kernels.plan import ARITHMETIC
-from evokernels.schedule import learning_rate_factor
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 

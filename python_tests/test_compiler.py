@@ -17,7 +17,7 @@ from evokernels.compiler import terms
 from evokernels.compiler.canonical import canonical_key
 from evokernels.compiler.covers import COVERS, find_cover
 from evokernels.compiler.describe import formula
-from evokernels.compiler.expr import Call, clamp, compiled, sign, sqrt, substitute
+from evokernels.compiler.expr import ON_ARRAYS, Call, clamp, compiled, sign, sqrt, substitute
 from evokernels.compiler.linear import linear, linear_expr
 from evokernels.compiler.lower import lower
 from evokernels.compiler.ops import OPS
@@ -73,8 +73,8 @@ def test_linear_form_keeps_the_value(seed):
     values = {"g": rng.standard_normal(20), "m": rng.standard_normal(20), "v": rng.random(20)}
     values |= {"eps": 0.3, "bias1": 0.7}
     np.testing.assert_allclose(
-        compiled(linear_expr(linear(expr)))(**values)[0] + np.zeros(20),
-        compiled(expr)(**values)[0] + np.zeros(20),
+        compiled(linear_expr(linear(expr)), meanings=ON_ARRAYS)(**values)[0] + np.zeros(20),
+        compiled(expr, meanings=ON_ARRAYS)(**values)[0] + np.zeros(20),
         rtol=1e-9,
         atol=1e-12,
     )

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evokernels import Genome, Term, zoo
+from evokernels.compiler.schedule import learning_rate_factor
 from evokernels.errors import EvokernelsError, GenomeError
-from evokernels.schedule import learning_rate_factor
 
 # Field and default, in the order of the source system.
 DEFAULTS = {

@@ -18,10 +18,9 @@ MAY_IMPORT = {
     "errors": set(),
     "genome": {"errors"},
     "zoo": {"genome", "errors"},
-    "schedule": {"genome", "errors"},
     "compiler": {"genome", "errors", "numpy"},
     "kernels": {"compiler", "errors", "numpy", "torch", "triton", "cuda"},
-    "optim": {"kernels", "compiler", "genome", "schedule", "errors", "torch"},
+    "optim": {"kernels", "compiler", "genome", "errors", "torch"},
     "explain": {"kernels", "compiler", "genome", "errors", "torch"},
     "tasks": {"errors", "numpy", "torch", "torchvision"},
     "search": {"genome", "errors", "zoo", "numpy"},
@@ -31,7 +30,7 @@ MAY_IMPORT = {
     },
     # public names and nothing else, so nothing from outside
     PUBLIC: {
-        *("errors", "genome", "zoo", "schedule", "compiler", "kernels", "optim", "explain"),
+        *("errors", "genome", "zoo", "compiler", "kernels", "optim", "explain"),
         *("tasks", "search", "evolution"),
     },
 }

@@ -19,8 +19,8 @@ from torch import nn
 import evokernels
 from evokernels import FusedEvolvedOptimizer, Genome, zoo
 from evokernels.compiler.evaluate import reference_step
+from evokernels.compiler.schedule import learning_rate_factor
 from evokernels.errors import BackendError, EvokernelsError, GenomeError, OptimizerError
-from evokernels.schedule import learning_rate_factor
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

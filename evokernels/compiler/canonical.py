@@ -33,9 +33,13 @@ def canonical_key(genome: Genome) -> str:
     }
     values = compiled(*own.values())
     # 12 digits: a product taken in another order differs in the last one or two of 17
-    numbers = [
-        f"{number:.12g}" for t in (1, 2, 3) for number in values(**terms.genome_scalars(genome, t))
-    ]
+    numbers = [f"{number:.12g}" for t in (1, 2, 3) for number in values(**_scalars(genome, t))]
     warmup = genome.warmup_steps if genome.use_warmup and genome.warmup_steps > 1 else 0
     identity = repr((tuple(own), numbers, warmup, genome.use_cosine_decay))
     return hashlib.sha256(identity.encode()).hexdigest()[:32]
+
+
+def _scalars(genome: Genome, t: int) -> dict[str, float]:
+    """Those of a step, with the bias corrections to the digits that the keys in journals have."""
+    corrections = {"bias1": 1.0 - genome.beta1**t, "bias2": 1.0 - genome.beta2**t}
+    return {**terms.genome_scalars(genome, t), **corrections}

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 
 from evokernels.compiler import terms
-from evokernels.compiler.expr import Expr, sign, sqrt
+from evokernels.compiler.expr import Expr, sign, sqrt, substitute
 from evokernels.compiler.linear import linear
 from evokernels.compiler.lower import assemble
 from evokernels.compiler.program import Program
@@ -27,11 +27,14 @@ class Cover:
 
     Attributes:
         name: the moments and denominators it has, usable in a C identifier.
+        formulas: for each scalar of the program those that it has with and without bias
+            correction, in a rule that lacks nothing.
         absent: for the scalars that a rule may lack, the number that stands for "not there".
     """
 
     name: str
     program: Program
+    formulas: tuple[tuple[Expr, Expr], ...]
     absent: dict[str, float]
 
     def serves(self, program: Program) -> bool:
@@ -47,13 +50,21 @@ def _cover(with_m: bool, with_v: bool, with_abs: bool) -> Cover:
         update = update + linear_terms / (sqrt(terms.v) + terms.eps)
     if with_abs:
         update = update + linear_terms / (abs(terms.g) + terms.eps)
-    program, _ = assemble(linear(update), clipping=True)
+    program, plain = assemble(linear(update), clipping=True)
+    corrected = substitute(update, {terms.m: terms.CORRECTED_M, terms.v: terms.CORRECTED_V})
+    same_program, others = assemble(linear(corrected), clipping=True)
+    assert same_program == program, "bias correction only changes numbers"
     absent = {str(-terms.clip): -math.inf, str(terms.clip): math.inf}
     for line in program.lines:
         if line.op in ("weigh", "weigh_add"):
             absent[program.scalars[int(line.args[0][1:])]] = 0.0
     has = {"g": True, "m": with_m, "v": with_v, "abs": with_abs}
-    return Cover("_".join(part for part, there in has.items() if there), program, absent)
+    return Cover(
+        "_".join(part for part, there in has.items() if there),
+        program,
+        tuple(zip(plain, others, strict=True)),
+        absent,
+    )
 
 
 COVERS = tuple(_cover(*flags) for flags in itertools.product((False, True), repeat=3))

@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from evokernels.compiler import terms
-from evokernels.compiler.expr import Expr, compiled
-from evokernels.compiler.ops import OPS
+from evokernels.compiler.expr import ON_ARRAYS, Expr, compiled
 from evokernels.compiler.program import Program, interpret
 from evokernels.genome import Genome
 
 __all__ = ["reference_step", "run_program"]
 
-_compiled = functools.cache(compiled)  # of the catalogue's formulas, which are few
+# of the catalogue's formulas, which are few
+_compiled = functools.cache(functools.partial(compiled, meanings=ON_ARRAYS))
 
 
 def reference_step(
@@ -74,4 +74,4 @@ def run_program(
 ) -> dict[str, np.ndarray]:
     """One step of a program on float64 arrays."""
     with np.errstate(all="ignore"):
-        return interpret(program, inputs, scalars, {name: op.meaning for name, op in OPS.items()})
+        return interpret(program, inputs, scalars, ON_ARRAYS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,12 +11,16 @@ from typing import Any
 from evokernels.compiler.ops import OPS
 
 __all__ = [
+    "ON_ARRAYS",
     "Call",
     "Constant",
     "Expr",
     "Symbol",
     "clamp",
     "compiled",
+    "cospi",
+    "expm1",
+    "minimum",
     "sign",
     "sqrt",
     "substitute",
@@ -118,6 +123,21 @@ def sign(x: Expr) -> Expr:
     return Call("sign", (x,))
 
 
+def expm1(x: Expr) -> Expr:
+    """e to the power of x, less 1."""
+    return Call("expm1", (x,))
+
+
+def cospi(x: Expr) -> Expr:
+    """The cosine of pi times x."""
+    return Call("cospi", (x,))
+
+
+def minimum(a: Expr | float, b: Expr) -> Expr:
+    """The smaller one; NaN where `b` is."""
+    return Call("min", (_expr(a), b))
+
+
 def clamp(x: Expr, low: Expr, high: Expr) -> Expr:
     """`x` limited to [low, high]; NaN stays NaN."""
     return Call("min", (high, Call("max", (low, x))))
@@ -132,17 +152,34 @@ def substitute(expr: Expr, values: Mapping[Symbol, Expr]) -> Expr:
     return expr
 
 
-def compiled(*exprs: Expr) -> Callable[..., list[Any]]:
+# What operations mean on NumPy arrays, and on Python's own floats: ten times faster there.
+ON_ARRAYS = {name: op.meaning for name, op in OPS.items()}
+_ON_FLOATS = {
+    **ON_ARRAYS,
+    "sqrt": math.sqrt,
+    "expm1": math.expm1,
+    "cospi": lambda x: math.cos(math.pi * x),
+    "min": lambda a, b: a if a < b else b,
+    "max": lambda a, b: a if a > b else b,
+}
+
+
+def compiled(
+    *exprs: Expr, meanings: Mapping[str, Callable] = _ON_FLOATS
+) -> Callable[..., list[Any]]:
     """One Python function for all expressions: symbols by keyword, a list of values back.
 
     Written out as text and compiled: an optimizer calls it every step, and a tree of closures
     costs twice as much.
+
+    Args:
+        meanings: a function for each operation; by default for symbols that are Python floats.
     """
     symbols = sorted({symbol.name for expr in exprs for symbol in symbols_of(expr)})
     values = ", ".join(map(_python, exprs))
-    meanings = {name: op.meaning for name, op in OPS.items()}
     # other symbols may come along: callers pass all they have
-    return eval(f"lambda *, {''.join(f'{name}, ' for name in symbols)}**_: [{values}]", meanings)
+    source = f"lambda *, {''.join(f'{name}, ' for name in symbols)}**_: [{values}]"
+    return eval(source, dict(meanings))
 
 
 def symbols_of(expr: Expr) -> set[Symbol]:

@@ -4,7 +4,11 @@ Per element of a parameter ``p`` with gradient ``g`` and moments ``m`` and ``v``
 "The rule", says in which order and under which flags they apply.
 """
 
-from evokernels.compiler.expr import Symbol, clamp, sign, sqrt
+import math
+from collections.abc import Mapping
+
+from evokernels.compiler import schedule
+from evokernels.compiler.expr import Expr, Symbol, clamp, compiled, expm1, minimum, sign, sqrt
 from evokernels.genome import Genome, Term
 
 g, m, v, p = (Symbol(name, per_element=True) for name in "gmvp")
@@ -16,6 +20,33 @@ lr, weight_decay, beta1, beta2, bias1, bias2, eps, clip = (
 )
 # no part of the rule: what the training loop does to all gradients of a step
 gradient_factor = Symbol("gradient_factor", per_element=False)
+
+# what these are made of, in step t
+base_lr, log_beta1, log_beta2, direction, grad_scale, max_norm, squares = (
+    Symbol(name, per_element=False)
+    for name in (
+        *("base_lr", "log_beta1", "log_beta2", "direction", "grad_scale", "max_norm", "squares"),
+    )
+)
+
+# Kingma & Ba 2015, Algorithm 1: 1 - beta^t, without its cancellation
+BIAS1 = -expm1(schedule.t * log_beta1)
+BIAS2 = -expm1(schedule.t * log_beta2)
+
+# Unscaled, limited to `max_norm` by the root of `squares`, the sum of the squares of all gradients
+# as they come (torch.nn.utils.clip_grad_norm_; Pascanu et al. 2013, Algorithm 1), up or down.
+_unscale = 1.0 / grad_scale
+GRADIENT_FACTOR = direction * (
+    _unscale * minimum(1.0, max_norm / (sqrt(squares) * _unscale + 1e-6))
+)
+
+# Every scalar that a step derives from its inputs.
+DERIVED: Mapping[Symbol, Expr] = {
+    lr: base_lr * schedule.FACTOR,
+    bias1: BIAS1,
+    bias2: BIAS2,
+    gradient_factor: GRADIENT_FACTOR,
+}
 
 # before anything else: every formula below sees the scaled gradient as g
 SCALED_GRADIENT = gradient_factor * g
@@ -58,18 +89,26 @@ def scalar_values(
     gradient_factor: float = 1.0,
 ) -> dict[str, float]:
     """The values of the scalar symbols, by name, in step `t` (from 1)."""
+    corrections = _corrections(t=t, log_beta1=log_of(beta1), log_beta2=log_of(beta2))
     return {
         "lr": lr,
         "weight_decay": weight_decay,
         "beta1": beta1,
         "beta2": beta2,
-        # Kingma & Ba 2015, Algorithm 1; in float64: in float32 1 - beta2 loses ten bits
-        "bias1": 1.0 - beta1**t,
-        "bias2": 1.0 - beta2**t,
+        "bias1": corrections[0],
+        "bias2": corrections[1],
         "eps": eps,
         "clip": clip,
         "gradient_factor": gradient_factor,
     }
+
+
+_corrections = compiled(BIAS1, BIAS2)
+
+
+def log_of(beta: float) -> float:
+    """The natural logarithm, -infinity of 0."""
+    return math.log(beta) if beta else -math.inf
 
 
 def genome_scalars(genome: Genome, t: int, lr_factor: float = 1.0) -> dict[str, float]:

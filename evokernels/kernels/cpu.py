@@ -12,7 +12,7 @@ import torch
 from evokernels.compiler.covers import find_cover
 from evokernels.compiler.program import Program
 from evokernels.compiler.render_c import STORED, cover_symbol
-from evokernels.errors import BackendError, OptimizerError
+from evokernels.errors import BackendError
 from evokernels.kernels import native
 from evokernels.kernels.memory import (
     lies_densely,
@@ -20,7 +20,14 @@ from evokernels.kernels.memory import (
     overlaps_itself,
     strided_rows,
 )
-from evokernels.kernels.plan import ARITHMETIC, BoundTensor, Numbers
+from evokernels.kernels.plan import (
+    ARITHMETIC,
+    BoundTensor,
+    Numbers,
+    addresses_of,
+    check_gradient,
+    layout_key,
+)
 
 __all__ = ["CpuBackend", "CpuPlan"]
 
@@ -132,17 +139,10 @@ class CpuPlan:
 
     def _look_at(self, gradients: Sequence[torch.Tensor | None]) -> None:
         """Take the gradients' addresses, and adapt to how they lie where that has changed."""
-        keys = [
-            None if g is None else (g.stride(), g.shape, g.dtype, g.is_neg(), g.device)
-            for g in gradients
-        ]
+        keys = [None if g is None else layout_key(g) for g in gradients]
         if keys != self._gradient_keys:
             self._adapt(gradients, keys)
-        addresses = [None if g is None else g.data_ptr() for g in gradients]
-        # null: freed storage, or zeros that torch has not written; the kernel would pass them over
-        if any(address == 0 and g.numel() for address, g in zip(addresses, gradients, strict=True)):
-            raise OptimizerError("a gradient has no memory: its storage was freed or never written")
-        self.addresses[:] = addresses
+        self.addresses[:] = addresses_of(gradients)
 
     def _adapt(self, gradients: Sequence[torch.Tensor | None], keys: list[tuple | None]) -> None:
         """Choose kernel and layout of each tensor for gradients as they lie now."""
@@ -151,14 +151,7 @@ class CpuPlan:
         for i, (bound, gradient) in enumerate(zip(self._tensors, gradients, strict=True)):
             if gradient is None or keys[i] == known[i]:
                 continue
-            parameter = bound.parameter
-            if keys[i][1:] != (parameter.shape, parameter.dtype, False, parameter.device):
-                raise OptimizerError(
-                    f"a gradient is {gradient.dtype} of shape {tuple(gradient.shape)} on "
-                    f"{gradient.device}, its parameter {parameter.dtype} of shape "
-                    f"{tuple(parameter.shape)} on {parameter.device}; both must be the same, and "
-                    "no negated view"
-                )
+            check_gradient(bound, gradient, keys[i])
             dense = lies_densely(gradient, self._orders[i])
             layout = None if dense else _Layout(gradient, self._orders[i])
             record, kernels = self._records[i], self._kernels[i]

@@ -11,7 +11,10 @@ import torch
 from evokernels.compiler.program import Program
 from evokernels.errors import OptimizerError
 
-__all__ = ["ARITHMETIC", "STATE_DTYPES", "Backend", "BoundTensor", "Numbers", "Plan", "Rounding"]
+__all__ = [
+    *("ARITHMETIC", "STATE_DTYPES", "Backend", "BoundTensor", "Numbers", "Plan", "Rounding"),
+    *("addresses_of", "check_gradient", "layout_key"),
+]
 
 # The dtypes in which moments may be stored, for each parameter dtype; the first is the dtype in
 # which an update is computed, and what moments are unless something else was asked for.
@@ -60,6 +63,38 @@ class BoundTensor:
                     f"moment {name} of a {self.parameter.dtype} parameter is {moment.dtype}; "
                     f"it may be {', '.join(map(str, allowed))}"
                 )
+
+
+def layout_key(gradient: torch.Tensor) -> tuple:
+    """Equal as long as a gradient lies in the same way, wherever it is."""
+    return (
+        *(gradient.stride(), gradient.shape, gradient.dtype, gradient.is_neg(), gradient.device),
+    )
+
+
+def check_gradient(bound: BoundTensor, gradient: torch.Tensor, key: tuple) -> None:
+    """Raises OptimizerError for a gradient that is not as its parameter.
+
+    Args:
+        key: its `layout_key`.
+    """
+    parameter = bound.parameter
+    if key[1:] != (parameter.shape, parameter.dtype, False, parameter.device):
+        raise OptimizerError(
+            f"a gradient is {gradient.dtype} of shape {tuple(gradient.shape)} on "
+            f"{gradient.device}, its parameter {parameter.dtype} of shape "
+            f"{tuple(parameter.shape)} on {parameter.device}; both must be the same, and "
+            "no negated view"
+        )
+
+
+def addresses_of(gradients: Sequence[torch.Tensor | None]) -> list[int | None]:
+    """Where gradients are, None where there is none; OptimizerError if one has no memory."""
+    addresses = [None if g is None else g.data_ptr() for g in gradients]
+    # null: freed storage, or zeros that torch has not written; a kernel would pass them over
+    if any(address == 0 and g.numel() for address, g in zip(addresses, gradients, strict=True)):
+        raise OptimizerError("a gradient has no memory: its storage was freed or never written")
+    return addresses
 
 
 class Numbers(NamedTuple):

@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
+from evokernels.compiler.expr import compiled
 from evokernels.compiler.lower import Rule
-from evokernels.compiler.terms import scalar_values
+from evokernels.compiler.schedule import learning_rate_factor
+from evokernels.compiler.terms import GRADIENT_FACTOR, scalar_values
 from evokernels.kernels.cpu import CpuPlan
 from evokernels.kernels.memory import memory_keys
 from evokernels.kernels.plan import Backend, BoundTensor, Numbers, Plan
 from evokernels.kernels.watch import Watch, can_watch
 from evokernels.optim.checks import beta_pair, check_counts, check_parameter, nonnegative
 from evokernels.optim.sharding import PLAIN, SumOverShards, local_gradient
-from evokernels.schedule import learning_rate_factor
 
 __all__ = ["Binding", "Member"]
 
@@ -111,7 +112,7 @@ class Binding:
         self,
         groups: list[dict[str, Any]],
         state: Mapping[Any, Any],
-        unscale: float,
+        grad_scale: float,
         max_grad_norm: float | None,
         clear: bool,
     ) -> bool:
@@ -123,18 +124,18 @@ class Binding:
         if watch is None or not watch.unchanged(groups, state):
             return False
         plan, _ = self._plans[0]
-        factor = _gradient_factor(unscale, max_grad_norm, plan.squares)
+        factor = _gradient_factor(grad_scale, max_grad_norm, plan.squares)
         numbers = [self._numbers(i, int(self._counts[i]) + 1, factor) for i in self._first_of_row]
         # first, since Ctrl-C during the native call is raised behind it, when all is updated
         watch.commit(clear)
         plan.relaunch(numbers, clear)
         return True
 
-    def step(self, unscale: float, max_grad_norm: float | None, clear: bool) -> None:
+    def step(self, grad_scale: float, max_grad_norm: float | None, clear: bool) -> None:
         """Count the step and update.
 
         Args:
-            unscale: factor on all gradients.
+            grad_scale: what all gradients were multiplied with, and are divided by.
             max_grad_norm: limit on the norm of all gradients together, after that.
             clear: whether gradients become zero.
         """
@@ -155,7 +156,7 @@ class Binding:
         if not self._rows:
             self._assign_rows()
         factor = _gradient_factor(
-            unscale,
+            grad_scale,
             max_grad_norm,
             lambda: self._sum_over_shards(lambda members: self._squares(gradients, members)),
         )
@@ -230,17 +231,20 @@ class Binding:
         return Numbers(rule.program, rule.numbers(**values), t)
 
 
-def _gradient_factor(
-    unscale: float, max_grad_norm: float | None, squares: Callable[[], float]
-) -> float:
-    """What every gradient is multiplied by.
+_factor = compiled(GRADIENT_FACTOR)
 
-    The coefficient is that of torch.nn.utils.clip_grad_norm_ (Pascanu et al. 2013, Algorithm 1).
-    """
-    if max_grad_norm is None:
-        return unscale
-    coefficient = max_grad_norm / (math.sqrt(squares()) * unscale + 1e-6)
-    return unscale * (1.0 if coefficient > 1.0 else coefficient)  # NaN stays NaN
+
+def _gradient_factor(
+    grad_scale: float, max_grad_norm: float | None, squares: Callable[[], float]
+) -> float:
+    """What every gradient is multiplied by, direction aside."""
+    limited = max_grad_norm is not None
+    return _factor(
+        direction=1.0,
+        grad_scale=grad_scale,
+        max_norm=max_grad_norm if limited else math.inf,
+        squares=squares() if limited else 0.0,
+    )[0]
 
 
 def _foundation(groups: list[dict[str, Any]], state: Mapping[Any, Any]) -> list[Any]:

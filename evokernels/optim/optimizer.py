@@ -170,8 +170,11 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
             if self.zero_grads:
                 self.zero_grad(set_to_none=False)
             return loss
-        unscale = 1.0 if grad_scale is None else 1.0 / grad_scale.item()
-        extras = unscale, self.max_grad_norm, self.zero_grads
+        extras = (
+            1.0 if grad_scale is None else grad_scale.item(),
+            self.max_grad_norm,
+            self.zero_grads,
+        )
         binding = self._binding
         if binding is None or not binding.repeat(self.param_groups, self.state, *extras):
             if binding is None or not binding.is_current(self.param_groups, self.state):
