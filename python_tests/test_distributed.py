@@ -358,7 +358,7 @@ def sum_of_squares(tensors):
 
     def local_sum(members):
         seen.extend(members)
-        return sum((local(tensors[i]) ** 2).sum().item() for i in members)
+        return sum((local(tensors[i]) ** 2).sum().double() for i in members)
 
     total = SumOverShards(tensors)(local_sum)
     assert sorted(seen) == list(range(len(tensors)))

@@ -42,9 +42,9 @@ def test_a_planted_defect_is_found(monkeypatch, defect):
     assert "python bench/fuzz.py --case" in fuzz.first_failure(range(100))
 
 
-def unlimited(unscale, max_grad_norm, squares):
+def unlimited(scaling, squares):
     """`max_grad_norm` is forgotten."""
-    return unscale
+    return 1.0
 
 
 def to_nearest(group, parameter, position):
@@ -59,7 +59,7 @@ def of_the_neighbour(group, parameter, position):
 @pytest.mark.parametrize(
     ("module", "name", "defective"),
     [
-        (binding, "_gradient_factor", unlimited),
+        (binding, "_factor", unlimited),
         (optimizer, "_rounding", to_nearest),
         (optimizer, "_rounding", of_the_neighbour),
     ],

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "zoo": {"genome", "errors"},
     "compiler": {"genome", "errors", "numpy"},
     "kernels": {"compiler", "errors", "numpy", "torch", "triton", "cuda"},
-    "optim": {"kernels", "compiler", "genome", "errors", "torch"},
+    "optim": {"kernels", "compiler", "genome", "errors", "numpy", "torch"},
     "explain": {"kernels", "compiler", "genome", "errors", "torch"},
     "tasks": {"errors", "numpy", "torch", "torchvision"},
     "search": {"genome", "errors", "zoo", "numpy"},

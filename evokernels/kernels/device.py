@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -36,7 +36,13 @@ from evokernels.kernels.plan import (
     layout_key,
 )
 
-__all__ = ["DeviceBackend", "DeviceKernel", "DevicePlan", "Kind", "Scaling"]
+__all__ = ["DeviceBackend", "DeviceKernel", "DevicePlan", "Kind", "Scaling", "capturing"]
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched there now goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
 
 # The vector accesses of the kernels.
 ALIGNMENT = 16
@@ -85,6 +91,7 @@ class DeviceKernel(Protocol):
         """The sum of the squares of all gradients, into where the header says."""
 
 
+@runtime_checkable
 class DeviceBackend(Protocol):
     """A way to run programs on a device that counts its steps itself.
 
@@ -121,6 +128,15 @@ class Scaling(NamedTuple):
     max_norm: float = math.inf
     squares: torch.Tensor | None = None
     clear: bool = False
+
+    def on(self, device: torch.device) -> Scaling:
+        """The same for a device; numbers that are on another one are sent there."""
+        tensors = {
+            name: value if value is None else value.to(device, non_blocking=True)
+            for name in ("found_inf", "grad_scale", "squares")
+            for value in (getattr(self, name),)
+        }
+        return self._replace(**tensors)
 
 
 class DevicePlan:
@@ -176,7 +192,6 @@ class DevicePlan:
         self._updated: list[torch.Tensor] = []  # parameters that have a gradient
         self._addresses: list[int] = []
         self._addresses_apart: list[int] | None = None  # of gradients known to share no memory
-        self._sum: torch.Tensor | None = None
 
     def run(
         self,
@@ -192,7 +207,7 @@ class DevicePlan:
                 tensor on the device, of one element, float32 or float64.
             scaling: what is done to all gradients.
         """
-        self._look_at(gradients)
+        self.look(gradients)
         clear_afterwards = scaling.clear and not self._lie_apart(gradients)
         for launch in self.launches:
             header = launch.header
@@ -214,20 +229,24 @@ class DevicePlan:
 
     def sum_of_squares(self, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
         """The sum of the squares of all elements of all gradients: float64, 0-d, on the device."""
-        self._look_at(gradients)
-        if self._sum is None:
-            most = max(len(launch.chunks) for launch in self.launches)
-            self._partial_sums = torch.empty(most, dtype=torch.float64, device=self._device)
-            self._sum = torch.zeros((), dtype=torch.float64, device=self._device)
+        self.look(gradients)
+        chunks = max(len(launch.chunks) for launch in self.launches)
+        sums = torch.empty(1 + chunks, dtype=torch.float64, device=self._device)
         for number, launch in enumerate(self.launches):
-            launch.header["squares"] = self._sum.data_ptr()
-            launch.header["partial_sums"] = self._partial_sums.data_ptr()
+            launch.header["squares"] = sums.data_ptr()
+            launch.header["partial_sums"] = sums[1:].data_ptr()
             launch.header["go_on"] = number > 0
             self._kernel.squares(launch.words, launch.blocks)
-        return self._sum
+        return sums[0]
 
-    def _look_at(self, gradients: Sequence[torch.Tensor | None]) -> None:
-        """Take the gradients' addresses, and adapt to how they lie where that has changed."""
+    def look(self, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Take the gradients' addresses, and adapt to how they lie where that has changed.
+
+        `run` looks by itself; this is for who wants to know before whether it can.
+
+        Raises:
+            OptimizerError: a gradient is not as its parameter, or has no memory.
+        """
         keys = [None if g is None else layout_key(g) for g in gradients]
         if keys != self._gradient_keys:
             self._adapt(gradients, keys)
@@ -292,7 +311,7 @@ class DevicePlan:
 
     def _upload(self, table: np.ndarray) -> int:
         """The address of a table on the device."""
-        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if capturing(self._device):
             raise OptimizerError(
                 "gradients lie in memory otherwise than in the steps before, which a step cannot "
                 "take note of while it is captured: run one step with such gradients before"

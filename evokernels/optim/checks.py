@@ -11,6 +11,7 @@ import torch
 
 from evokernels.errors import OptimizerError
 from evokernels.genome import Genome
+from evokernels.kernels.device import capturing
 from evokernels.kernels.memory import find_overlap, overlaps_itself
 from evokernels.kernels.plan import ARITHMETIC
 from evokernels.optim.sharding import is_dtensor, lacks_memory, local, placement
@@ -24,6 +25,7 @@ __all__ = [
     "check_group",
     "check_moment",
     "check_moment_memory",
+    "check_not_captured",
     "check_parameter",
     "nonnegative",
 ]
@@ -102,6 +104,17 @@ def beta_pair(betas: Any) -> tuple[float, float]:
         raise OptimizerError(f"betas must be two numbers in [0, 1), got {betas!r}")
     beta1, beta2 = betas
     return nonnegative("betas", beta1, 1.0), nonnegative("betas", beta2, 1.0)
+
+
+def check_not_captured(parameters: Iterable[torch.Tensor]) -> None:
+    """Raises OptimizerError while a step of these parameters goes into a CUDA graph."""
+    for device in {parameter.device for parameter in parameters}:
+        if capturing(device):
+            raise OptimizerError(
+                f"this step on {device} cannot be captured, since it needs the host: state and "
+                "tables are made in the first step, so take one before the capture; and backends "
+                "other than 'cuda' and 'triton' count steps on the host"
+            )
 
 
 def check_parameter(parameter: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from torch.optim import optimizer as torch_optimizer
 
 from evokernels.compiler.lower import Rule, lower
 from evokernels.genome import Genome
+from evokernels.kernels.device import Scaling
 from evokernels.kernels.plan import ARITHMETIC, Backend, BoundTensor, Rounding
 from evokernels.kernels.registry import select
-from evokernels.optim.binding import Binding, Member
+from evokernels.optim.binding import Binding
 from evokernels.optim.checks import (
     check_apart,
     check_flag,
@@ -23,10 +25,12 @@ from evokernels.optim.checks import (
     check_group,
     check_moment,
     check_moment_memory,
+    check_not_captured,
     check_parameter,
     nonnegative,
 )
 from evokernels.optim.compiling import never_compiled
+from evokernels.optim.parts import Member
 from evokernels.optim.sharding import local, shard_number
 
 __all__ = ["FusedEvolvedOptimizer"]
@@ -166,20 +170,17 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         # set by torch.amp.GradScaler while it calls step
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found_inf is not None and found_inf.item():
+        max_norm = math.inf if self.max_grad_norm is None else self.max_grad_norm
+        scaling = Scaling(found_inf, grad_scale, max_norm, None, self.zero_grads)
+        binding = self._binding
+        if found_inf is not None and (binding is None or binding.needs_host) and found_inf.item():
             if self.zero_grads:
                 self.zero_grad(set_to_none=False)
             return loss
-        extras = (
-            1.0 if grad_scale is None else grad_scale.item(),
-            self.max_grad_norm,
-            self.zero_grads,
-        )
-        binding = self._binding
-        if binding is None or not binding.repeat(self.param_groups, self.state, *extras):
+        if binding is None or not binding.repeat(self.param_groups, self.state, scaling):
             if binding is None or not binding.is_current(self.param_groups, self.state):
                 self._binding = binding = self._bind()
-            binding.step(*extras)
+            binding.step(scaling)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -219,6 +220,7 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def _bind(self) -> Binding:
+        check_not_captured(p for group in self.param_groups for p in group["params"])
         members, waiting, states = [], [], []
         position = 0
         for group in self.param_groups:
@@ -244,9 +246,16 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
                 states.append((float(state.get("step", 0.0)), named))
         check_apart([member.parameter for member in members])
         # nothing has changed up to here, and nothing fails from here on
-        steps = torch.tensor([step for step, _ in states], dtype=torch.float64, device="cpu")
-        for member, step, (_, moments) in zip(members, steps, states, strict=True):
-            self.state[member.parameter].update(step=step, **moments)
+        steps = {}
+        for place in dict.fromkeys(member.place for member in members):
+            chosen = [i for i, member in enumerate(members) if member.place == place]
+            steps[place] = torch.tensor(
+                [states[i][0] for i in chosen],
+                dtype=torch.float64,
+                device="cpu" if place is None else place[1],
+            )
+            for i, step in zip(chosen, steps[place], strict=True):
+                self.state[members[i].parameter].update(step=step, **states[i][1])
         return Binding(members, waiting, steps, self.param_groups, self.state)
 
 

@@ -102,27 +102,25 @@ class SumOverShards:
                 patterns = self._meshes.setdefault(parameter.device_mesh, {})
                 patterns.setdefault(split, set()).add(i)
 
-    def __call__(self, local_sum: Callable[[Collection[int]], float]) -> float:
-        """The sum, the same bits in every process.
+    def __call__(self, local_sum: Callable[[Collection[int]], torch.Tensor]) -> torch.Tensor:
+        """The sum, the same bits in every process, on the device of the local ones.
 
         Every process must call it, whether or not it has gradients.
 
         Args:
-            local_sum: the sum over the parameters at the given positions, as far as they are here.
+            local_sum: the sum over the parameters at the given positions, as far as they are here:
+                float64, 0-d.
         """
-        total = local_sum(self._plain) if self._plain else 0.0
+        total = local_sum(self._plain) if self._plain or not self._meshes else None
         for mesh, patterns in self._meshes.items():
-            sums = torch.tensor(
-                [local_sum(members) for members in patterns.values()],
-                dtype=torch.float64,
-                device="cpu",
-            )
+            sums = [local_sum(members) for members in patterns.values()]
             for dimension in range(mesh.ndim):
                 split = [k for k, pattern in enumerate(patterns) if pattern[dimension]]
                 if split and mesh.size(dimension) > 1:
                     # parameters may wait on the CPU while their processes talk over GPUs
-                    part = sums[split].to(mesh.device_type)
+                    part = torch.stack([sums[k] for k in split]).to(mesh.device_type)
                     torch.distributed.all_reduce(part, group=mesh.get_group(dimension))
-                    sums[split] = part.to(sums.device)
-            total += sums.sum().item()
+                    for k, value in zip(split, part.unbind(), strict=True):
+                        sums[k] = value.to(sums[k].device)
+            total = sum(sums) if total is None else total + sum(sums)
         return total

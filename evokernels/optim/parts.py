@@ -1,0 +1,225 @@
+"""The two ways to take a step: with numbers worked out here, or by a device that has its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from evokernels.compiler.expr import compiled
+from evokernels.compiler.lower import Rule
+from evokernels.compiler.schedule import learning_rate_factor, schedule_lengths
+from evokernels.compiler.structure import GROUP_INPUTS
+from evokernels.compiler.terms import GRADIENT_FACTOR, log_of, scalar_values
+from evokernels.errors import OptimizerError
+from evokernels.kernels.cpu import CpuPlan
+from evokernels.kernels.device import DeviceBackend, DevicePlan, Scaling, capturing
+from evokernels.kernels.plan import Backend, BoundTensor, Numbers, Plan
+from evokernels.optim.checks import beta_pair, check_counts, nonnegative
+
+__all__ = ["DevicePart", "HostPart", "Member", "Place", "gradient_factor"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A parameter that takes part, its group, and what was made of both."""
+
+    parameter: torch.Tensor
+    group: dict[str, Any]
+    rule: Rule
+    backend: Backend | DeviceBackend
+    bound: BoundTensor
+
+    @property
+    def place(self) -> Place | None:
+        """Where its steps are counted, None for here."""
+        counted_there = isinstance(self.backend, DeviceBackend)
+        return (self.backend, self.bound.parameter.device) if counted_there else None
+
+
+Gradients = Sequence[torch.Tensor | None]
+
+# A backend that counts steps itself, on one device.
+Place = tuple[DeviceBackend, torch.device]
+
+
+class HostPart:
+    """Members whose step counts, and what follows from them, are kept here.
+
+    Args:
+        members: at least one.
+        steps: how often each was updated: float64, on the CPU; `step` counts.
+    """
+
+    def __init__(self, members: Sequence[Member], steps: torch.Tensor) -> None:
+        self._members = members
+        self._counts = steps.numpy()
+        self._expected_counts = self._counts.copy()
+        self._present: list[bool] = []
+        self._rows: list[int] = []
+        self._first_of_row: list[int] = []
+        self._plans: list[tuple[Plan, list[int]]] = []
+        for backend in dict.fromkeys(member.backend for member in members):
+            chosen = [i for i, member in enumerate(members) if member.backend is backend]
+            self._plans.append((backend.bind([members[i].bound for i in chosen]), chosen))
+
+    @property
+    def plans(self) -> list[Plan]:
+        """One for each backend."""
+        return [plan for plan, _ in self._plans]
+
+    @property
+    def native_plan(self) -> CpuPlan | None:
+        """The plan, if it is the only one and native."""
+        plans = self.plans
+        return plans[0] if [type(plan) for plan in plans] == [CpuPlan] else None
+
+    @property
+    def counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """How often each member was updated, and as this object has counted."""
+        return self._counts, self._expected_counts
+
+    def numbers(self, factor: float) -> list[Numbers]:
+        """The rows of numbers of the next step, for members and gradients as in the last one."""
+        return [self._numbers(i, int(self._counts[i]) + 1, factor) for i in self._first_of_row]
+
+    def look(self, gradients: Gradients) -> bool:
+        """Get ready for a step; whether the same members have gradients as in the last one."""
+        present = [gradient is not None for gradient in gradients]
+        as_before = present == self._present
+        if not as_before or (self._counts != self._expected_counts).any():
+            check_counts(self._counts)
+            self._rows = []  # tensors with gradients in the same steps keep counting alike
+        self._present = present
+        if not self._rows:
+            self._assign_rows()
+        return as_before
+
+    def step(self, gradients: Gradients, factor: float, clear: bool) -> None:
+        """Count the step and update, after `look`.
+
+        Args:
+            factor: what all gradients are multiplied with.
+            clear: whether gradients become zero.
+        """
+        numbers = self.numbers(factor)
+        # first: Ctrl-C during a native call is raised behind it, when all is updated
+        self._counts += self._present
+        try:
+            for plan, m in self._plans:
+                plan.run(
+                    [gradients[i] for i in m], [self._rows[i] for i in m], numbers, clear=clear
+                )
+        except Exception:
+            self._counts -= self._present
+            raise
+        self._expected_counts[:] = self._counts
+
+    def squares(self, gradients: Gradients) -> float:
+        """The sum of the squares of all gradients."""
+        return sum(plan.sum_of_squares([gradients[i] for i in m]) for plan, m in self._plans)
+
+    def _assign_rows(self) -> None:
+        """One row of numbers for each group and step count among the members with gradients."""
+        rows: dict[tuple[int, float], int] = {}
+        self._rows, self._first_of_row = [], []
+        for i, (member, present) in enumerate(zip(self._members, self._present, strict=True)):
+            if not present:
+                self._rows.append(0)
+                continue
+            row = rows.setdefault((id(member.group), self._counts[i]), len(rows))
+            if row == len(self._first_of_row):
+                self._first_of_row.append(i)
+            self._rows.append(row)
+
+    def _numbers(self, i: int, t: int, factor: float) -> Numbers:
+        """The scalars of step `t` for the members that share group and count with member `i`."""
+        group, rule = self._members[i].group, self._members[i].rule
+        lr = nonnegative("lr", group["lr"])
+        beta1, beta2 = beta_pair(group["betas"])
+        values = scalar_values(
+            lr=lr * learning_rate_factor(rule.genome, t - 1, group["total_steps"]),
+            weight_decay=nonnegative("weight_decay", group["weight_decay"]),
+            beta1=beta1,
+            beta2=beta2,
+            eps=nonnegative("eps", group["eps"]),
+            clip=rule.genome.clip_value,
+            t=t,
+            gradient_factor=-factor if group["maximize"] else factor,
+        )
+        return Numbers(rule.program, rule.numbers(**values), t)
+
+
+class DevicePart:
+    """Members on one device, whose backend counts steps and computes their numbers there.
+
+    Args:
+        members: at least one, all of one backend and device.
+        steps: how often each was updated: float64, on that device; the kernel counts.
+    """
+
+    def __init__(self, members: Sequence[Member], steps: torch.Tensor) -> None:
+        self._device = steps.device
+        owners = {id(member.group): member for member in members}
+        self._owners = list(owners.values())  # one member of each group
+        places = {key: place for place, key in enumerate(owners)}
+        self.plan = DevicePlan(
+            members[0].backend,
+            [member.bound for member in members],
+            [places[id(member.group)] for member in members],
+            [member.rule for member in self._owners],
+            steps,
+        )
+
+    def step(self, gradients: Gradients, scaling: Scaling) -> None:
+        """Count the step and update, all of it on the device."""
+        captured = capturing(self._device)
+        groups = [self._hyperparameters(member, captured) for member in self._owners]
+        self.plan.run(gradients, groups, scaling.on(self._device))
+
+    def _hyperparameters(self, member: Member, captured: bool) -> list[float | torch.Tensor]:
+        """Those of a member's group, as `GROUP_INPUTS` lists them."""
+        group, genome = member.group, member.rule.genome
+        beta1, beta2 = beta_pair(group["betas"])
+        values = {
+            "base_lr": self._learning_rate(group["lr"], captured),
+            "weight_decay": nonnegative("weight_decay", group["weight_decay"]),
+            "beta1": beta1,
+            "beta2": beta2,
+            "log_beta1": log_of(beta1),
+            "log_beta2": log_of(beta2),
+            "eps": nonnegative("eps", group["eps"]),
+            # a limit that is not there is infinite in the weights of the rule
+            "clip": genome.clip_value if genome.use_gradient_clipping else 1.0,
+            "direction": -1.0 if group["maximize"] else 1.0,
+            **schedule_lengths(genome, group["total_steps"]),
+        }
+        return [values[symbol.name] for symbol in GROUP_INPUTS]
+
+    def _learning_rate(self, lr: Any, captured: bool) -> float | torch.Tensor:
+        """A tensor that the kernel reads, where it can; otherwise its value."""
+        if (
+            isinstance(lr, torch.Tensor)
+            and lr.device == self._device
+            and lr.dtype in (torch.float32, torch.float64)
+            and lr.numel() == 1
+        ):
+            return lr
+        if captured:
+            was = f"a {lr.dtype} tensor on {lr.device}" if isinstance(lr, torch.Tensor) else lr
+            raise OptimizerError(
+                f"lr is {was}, which a captured step would keep for ever, whatever a scheduler "
+                f"sets; make it a tensor of one number: torch.tensor(1e-3, device='{self._device}')"
+            )
+        return nonnegative("lr", lr)
+
+
+_factor = compiled(GRADIENT_FACTOR)
+
+
+def gradient_factor(grad_scale: float, max_norm: float, squares: float) -> float:
+    """What every gradient is multiplied with, direction aside."""
+    return _factor(direction=1.0, grad_scale=grad_scale, max_norm=max_norm, squares=squares)[0]
