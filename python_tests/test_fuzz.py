@@ -6,7 +6,7 @@ import torch
 
 from evokernels import FusedEvolvedOptimizer
 from evokernels.kernels.plan import Rounding
-from evokernels.optim import binding, optimizer
+from evokernels.optim import optimizer, parts
 
 
 def test_two_thousand_random_cases():
@@ -59,7 +59,7 @@ def of_the_neighbour(group, parameter, position):
 @pytest.mark.parametrize(
     ("module", "name", "defective"),
     [
-        (binding, "_factor", unlimited),
+        (parts, "_factor", unlimited),
         (optimizer, "_rounding", to_nearest),
         (optimizer, "_rounding", of_the_neighbour),
     ],

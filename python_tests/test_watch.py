@@ -364,7 +364,7 @@ def test_a_step_that_is_interrupted_before_the_update_is_not_counted(monkeypatch
     for watch in (optimizer._binding._watch, None):
         optimizer._binding._watch = watch
         with monkeypatch.context() as patch:
-            patch.setattr(optimizer._binding._host[0], "_numbers", interrupt)
+            patch.setattr(optimizer._binding._parts[0][0], "_row", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 optimizer.step()
         assert [optimizer.state[p]["step"].item() for p in ps] == [3] * len(ps)

@@ -7,6 +7,7 @@ step to step goes with the launch: hyperparameters of the groups and addresses o
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -190,7 +191,6 @@ class DevicePlan:
         self._upload_records()
         self._gradient_keys: list[tuple | None] = [None] * len(tensors)
         self._updated: list[torch.Tensor] = []  # parameters that have a gradient
-        self._addresses: list[int] = []
         self._addresses_apart: list[int] | None = None  # of gradients known to share no memory
 
     def run(
@@ -208,28 +208,41 @@ class DevicePlan:
             scaling: what is done to all gradients.
         """
         self.look(gradients)
-        clear_afterwards = scaling.clear and not self._lie_apart(gradients)
-        for launch in self.launches:
-            header = launch.header
-            header["found_inf"] = _address(scaling.found_inf)
-            header["grad_scale"] = _address(scaling.grad_scale)
-            header["squares"] = _address(scaling.squares)
-            header["clear"] = scaling.clear and not clear_afterwards
-            launch.max_norm[...] = scaling.max_norm
-            for row, group in enumerate(launch.groups):
-                launch.write(row, hyperparameters[group])
-            self._kernel.update(launch.words, launch.blocks)
+        clear_at_once = scaling.clear and self._lie_apart(gradients)
+        self.relaunch(hyperparameters, scaling._replace(clear=clear_at_once))
         present = [gradient for gradient in gradients if gradient is not None]
-        if clear_afterwards:
+        if scaling.clear and not clear_at_once:
             torch._foreach_zero_(present)
         # autograd does not see writes through pointers: tell it, as in-place operations do
         torch.autograd.graph.increment_version(self._updated)
         if scaling.clear:
             torch.autograd.graph.increment_version(present)
 
+    def relaunch(
+        self, hyperparameters: Sequence[Sequence[float | torch.Tensor]], scaling: Scaling
+    ) -> None:
+        """`run` with `addresses` as they are: gradients lie as in the last one.
+
+        Autograd is not told, and gradients that are cleared must lie apart.
+        """
+        for launch in self.launches:
+            header = launch.header
+            header["found_inf"] = _address(scaling.found_inf)
+            header["grad_scale"] = _address(scaling.grad_scale)
+            header["squares"] = _address(scaling.squares)
+            header["clear"] = scaling.clear
+            launch.max_norm[...] = scaling.max_norm
+            for row, group in enumerate(launch.groups):
+                launch.write(row, hyperparameters[group])
+            self._kernel.update(launch.words, launch.blocks)
+
     def sum_of_squares(self, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
         """The sum of the squares of all elements of all gradients: float64, 0-d, on the device."""
         self.look(gradients)
+        return self.squares()
+
+    def squares(self) -> torch.Tensor:
+        """`sum_of_squares` with `addresses` as they are."""
         chunks = max(len(launch.chunks) for launch in self.launches)
         sums = torch.empty(1 + chunks, dtype=torch.float64, device=self._device)
         for number, launch in enumerate(self.launches):
@@ -239,20 +252,42 @@ class DevicePlan:
             self._kernel.squares(launch.words, launch.blocks)
         return sums[0]
 
-    def look(self, gradients: Sequence[torch.Tensor | None]) -> None:
+    @property
+    def addresses(self) -> ctypes.Array | None:
+        """Where the addresses of all gradients go, if one launch takes them all.
+
+        Whoever knows that these are all that has changed since the last `run`, hyperparameters
+        aside, may write them and `relaunch`.
+        """
+        if len(self.launches) > 1:
+            return None
+        (launch,) = self.launches
+        return (ctypes.c_void_p * len(launch.gradients)).from_buffer(launch.gradients.data)
+
+    @property
+    def lie_apart(self) -> bool:
+        """Whether the gradients at `addresses` are known to share no memory."""
+        return self._addresses_apart == self._addresses()
+
+    def look(self, gradients: Sequence[torch.Tensor | None]) -> bool:
         """Take the gradients' addresses, and adapt to how they lie where that has changed.
 
         `run` looks by itself; this is for who wants to know before whether it can.
+
+        Returns:
+            Whether they lie as before, wherever they are.
 
         Raises:
             OptimizerError: a gradient is not as its parameter, or has no memory.
         """
         keys = [None if g is None else layout_key(g) for g in gradients]
-        if keys != self._gradient_keys:
+        as_before = keys == self._gradient_keys
+        if not as_before:
             self._adapt(gradients, keys)
-        self._addresses = [address or 0 for address in addresses_of(gradients)]
+        addresses = [address or 0 for address in addresses_of(gradients)]
         for launch in self.launches:
-            launch.gradients[:] = self._addresses[launch.first : launch.end]
+            launch.gradients[:] = addresses[launch.first : launch.end]
+        return as_before
 
     def _adapt(self, gradients: Sequence[torch.Tensor | None], keys: list[tuple | None]) -> None:
         known = self._gradient_keys
@@ -271,12 +306,15 @@ class DevicePlan:
 
     def _lie_apart(self, gradients: Sequence[torch.Tensor | None]) -> bool:
         """Whether clearing one element of a gradient leaves all others as they are."""
-        if self._addresses != self._addresses_apart:
+        if not self.lie_apart:
             present = [gradient for gradient in gradients if gradient is not None]
             if any(map(overlaps_itself, present)) or find_overlap(present):
                 return False
-            self._addresses_apart = list(self._addresses)
+            self._addresses_apart = self._addresses()
         return True
+
+    def _addresses(self) -> list[int]:
+        return [address for launch in self.launches for address in launch.gradients.tolist()]
 
     def _fill(
         self, record: np.void, bound: BoundTensor, order: Sequence[int], kind: int, group: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from evokernels.kernels.memory import memory_keys
 from evokernels.kernels.plan import Plan
 from evokernels.kernels.watch import Watch, can_watch
 from evokernels.optim.checks import check_not_captured, check_parameter
-from evokernels.optim.parts import DevicePart, Gradients, HostPart, Member, Place, gradient_factor
+from evokernels.optim.parts import DevicePart, Gradients, HostPart, Member, Place
 from evokernels.optim.sharding import PLAIN, SumOverShards, local_gradient
 
 __all__ = ["Binding"]
@@ -61,30 +61,27 @@ class Binding:
         self._kept = [*moments, *steps.values()]
         self._storages = [tensor.untyped_storage() for tensor in self._kept]
         self._addresses = [tensor.data_ptr() for tensor in self._kept]
-        self._host: tuple[HostPart, list[int]] | None = None
-        self._devices: list[tuple[DevicePart, list[int]]] = []
+        self._parts: list[tuple[HostPart | DevicePart, list[int]]] = []
         for place, counts in steps.items():
             chosen = [i for i, member in enumerate(members) if member.place == place]
-            mine = [members[i] for i in chosen]
-            if place is None:
-                self._host = HostPart(mine, counts), chosen
-            else:
-                self._devices.append((DevicePart(mine, counts), chosen))
+            part = HostPart if place is None else DevicePart
+            self._parts.append((part([members[i] for i in chosen], counts), chosen))
+        # whether a step reads numbers here: found_inf, grad_scale, the norm
+        self.needs_host = None in steps
         self._watch: Watch | None = None
         tensors = [*self._parameters, *waiting, *self._kept]
-        native = self._host and not self._devices and self._host[0].native_plan
-        self._native_plan = native if native and can_watch(tensors) else None
+        one = len(self._parts) == 1 and self._parts[0][0].addresses is not None
+        self._can_watch = one and can_watch(tensors)
 
     @property
     def plans(self) -> list[Plan | DevicePlan]:
         """One for each backend and device."""
-        host = self._host[0].plans if self._host else []
-        return [*host, *(part.plan for part, _ in self._devices)]
+        return [plan for part, _ in self._parts for plan in part.plans]
 
     @property
-    def needs_host(self) -> bool:
-        """Whether a step reads numbers on the host: found_inf, grad_scale, the norm."""
-        return self._host is not None
+    def captured(self) -> bool:
+        """Whether a CUDA graph may read the plans' tables at any time."""
+        return any(isinstance(part, DevicePart) and part.captured for part, _ in self._parts)
 
     def is_current(self, groups: list[dict[str, Any]], state: Mapping[Any, Any]) -> bool:
         """Whether all is as it was bound, and none of the waiting parameters has a gradient."""
@@ -106,73 +103,63 @@ class Binding:
 
         Returns False, with nothing done, if anything is: `is_current` and `step` find out what.
         """
-        watch, plan = self._watch, self._native_plan
+        watch = self._watch
         if watch is None or not watch.unchanged(groups, state):
             return False
-        part, _ = self._host
-        numbers = part.numbers(_factor(scaling, plan.squares))
-        # first, since Ctrl-C during the native call is raised behind it, when all is updated
-        watch.commit(scaling.clear)
-        plan.relaunch(numbers, scaling.clear)
-        return True
+        part, _ = self._parts[0]
+        return part.repeat(scaling, watch.commit)
 
     def step(self, scaling: Scaling) -> None:
         """Count the step and update.
 
         Args:
-            scaling: what is done to all gradients; `squares` is filled in here. Without host
-                members nothing in it is read here: a step then waits for no device.
+            scaling: what is done to all gradients; `squares` is filled in here. Unless
+                `needs_host`, nothing in it is read here: a step then waits for no device.
         """
         self._watch = None
         gradients = [parameter.grad for parameter in self._parameters]
         for i in self._sharded:
             gradients[i] = local_gradient(self._parameters[i])
-        if self._host:
+        if self.needs_host:
             check_not_captured(self._parameters)
         strange = set(map(type, gradients)) - _EXPECTED
         if strange or not {g.layout for g in gradients if g is not None} <= {torch.strided}:
             for parameter in self._parameters:
                 check_parameter(parameter)
-        # first, all that can fail
-        as_before = self._host is not None and self._host[0].look(_of(gradients, self._host[1]))
-        if len(self.plans) > 1:
-            for part, chosen in self._devices:
-                part.plan.look(_of(gradients, chosen))
         if scaling.max_norm < math.inf:
             squares = self._sum_over_shards(lambda members: self._squares(gradients, members))
             scaling = scaling._replace(squares=squares)
-        if self._host:
-            part, chosen = self._host
-            factor = _factor(scaling, lambda: scaling.squares.item())
-            part.step(_of(gradients, chosen), factor, scaling.clear)
-        for part, chosen in self._devices:
-            part.step(_of(gradients, chosen), scaling)
+        # all of them before one is updated: a gradient may be wrong
+        as_before = [part.look([gradients[i] for i in members]) for part, members in self._parts]
+        for part, members in self._parts:
+            part.step([gradients[i] for i in members], scaling)
         self._tell_dtensors(gradients, scaling.clear)
-        if as_before and self._native_plan and can_watch([g for g in gradients if g is not None]):
+        present = [gradient for gradient in gradients if gradient is not None]
+        if all(as_before) and self._can_watch and can_watch(present):
+            part, _ = self._parts[0]
             self._watch = Watch(
                 self._parameters,
                 gradients,
                 self._kept,
                 self._waiting,
-                *self._host[0].counts,
+                *part.counts,
                 _STRUCTURE,
                 self._foundation,
-                self._native_plan.addresses,
+                part.addresses,
             )
 
-    def _squares(self, gradients: Gradients, members: Collection[int]) -> torch.Tensor:
+    def _squares(self, gradients: Gradients, chosen: Collection[int]) -> torch.Tensor:
         """The sum of the squares of the gradients of some members: float64, 0-d.
 
-        On the CPU if a host part waits for it, else on the device of the first part.
+        On the CPU if a part waits for it there, else on the device of the first part.
         """
-        chosen = [g if i in members else None for i, g in enumerate(gradients)]
-        sums = []
-        if self._host:
-            part, mine = self._host
-            squares = part.squares(_of(chosen, mine))
-            sums.append(torch.tensor(squares, dtype=torch.float64, device="cpu"))
-        sums += (part.plan.sum_of_squares(_of(chosen, mine)) for part, mine in self._devices)
-        return sum(value.to(sums[0].device) for value in sums)
+        sums = [
+            part.squares([gradients[i] if i in chosen else None for i in members])
+            for part, members in self._parts
+        ]
+        device = "cpu" if self.needs_host or not sums else sums[0].device
+        nothing = torch.zeros((), dtype=torch.float64, device=device)
+        return sum((value.to(device) for value in sums), start=nothing)
 
     def _tell_dtensors(self, gradients: Gradients, clear: bool) -> None:
         """What was done to their local parts."""
@@ -181,19 +168,6 @@ class Binding:
         if clear:  # the local part may have been a copy, gathered from other processes
             for parameter in changed:
                 parameter.grad.zero_()
-
-
-def _of(gradients: Gradients, members: Sequence[int]) -> list[torch.Tensor | None]:
-    return [gradients[i] for i in members]
-
-
-def _factor(scaling: Scaling, squares: Callable[[], float]) -> float:
-    """What every gradient is multiplied with, direction aside."""
-    limited = scaling.max_norm < math.inf
-    if scaling.grad_scale is None and not limited:
-        return 1.0
-    scale = 1.0 if scaling.grad_scale is None else scaling.grad_scale.item()
-    return gradient_factor(scale, scaling.max_norm, squares() if limited else 0.0)
 
 
 def _foundation(groups: list[dict[str, Any]], state: Mapping[Any, Any]) -> list[Any]:

@@ -110,6 +110,7 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
         self.zero_grads = zero_grads
         self._backend = backend
         self._binding: Binding | None = None
+        self._captured: list[Binding] = []
         options = {
             "total_steps": total_steps,
             "maximize": maximize,
@@ -135,7 +136,7 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
         except Exception:
             del self.param_groups[-1]
             raise
-        self._binding = None
+        self._unbind()
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -179,6 +180,7 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
             return loss
         if binding is None or not binding.repeat(self.param_groups, self.state, scaling):
             if binding is None or not binding.is_current(self.param_groups, self.state):
+                self._unbind()
                 self._binding = binding = self._bind()
             binding.step(scaling)
         return loss
@@ -203,7 +205,7 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._binding = None
+        self._binding, self._captured = None, []
         for group in self.param_groups:
             for parameter in group["params"]:
                 values = self.state.get(parameter, {})
@@ -218,6 +220,11 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
         # torch's list leaves out what a subclass adds; the binding points into memory
         own = ("max_grad_norm", "zero_grads", "_backend")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def _unbind(self) -> None:
+        if self._binding is not None and self._binding.captured:
+            self._captured.append(self._binding)  # a graph goes on reading its tables
+        self._binding = None
 
     def _bind(self) -> Binding:
         check_not_captured(p for group in self.param_groups for p in group["params"])

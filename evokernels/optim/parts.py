@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +22,7 @@ from evokernels.kernels.device import DeviceBackend, DevicePlan, Scaling, captur
 from evokernels.kernels.plan import Backend, BoundTensor, Numbers, Plan
 from evokernels.optim.checks import beta_pair, check_counts, nonnegative
 
-__all__ = ["DevicePart", "HostPart", "Member", "Place", "gradient_factor"]
+__all__ = ["DevicePart", "HostPart", "Member", "Place"]
 
 
 @dataclass(frozen=True)
@@ -72,19 +74,15 @@ class HostPart:
         return [plan for plan, _ in self._plans]
 
     @property
-    def native_plan(self) -> CpuPlan | None:
-        """The plan, if it is the only one and native."""
-        plans = self.plans
-        return plans[0] if [type(plan) for plan in plans] == [CpuPlan] else None
+    def addresses(self) -> ctypes.Array | None:
+        """Where the addresses of the gradients go before `repeat`, if the only plan is native."""
+        plan, *others = self.plans
+        return plan.addresses if isinstance(plan, CpuPlan) and not others else None
 
     @property
     def counts(self) -> tuple[np.ndarray, np.ndarray]:
         """How often each member was updated, and as this object has counted."""
         return self._counts, self._expected_counts
-
-    def numbers(self, factor: float) -> list[Numbers]:
-        """The rows of numbers of the next step, for members and gradients as in the last one."""
-        return [self._numbers(i, int(self._counts[i]) + 1, factor) for i in self._first_of_row]
 
     def look(self, gradients: Gradients) -> bool:
         """Get ready for a step; whether the same members have gradients as in the last one."""
@@ -98,29 +96,39 @@ class HostPart:
             self._assign_rows()
         return as_before
 
-    def step(self, gradients: Gradients, factor: float, clear: bool) -> None:
-        """Count the step and update, after `look`.
-
-        Args:
-            factor: what all gradients are multiplied with.
-            clear: whether gradients become zero.
-        """
-        numbers = self.numbers(factor)
+    def step(self, gradients: Gradients, scaling: Scaling) -> None:
+        """Count the step and update, after `look`."""
+        numbers = self._numbers(_factor(scaling, lambda: scaling.squares.item()))
         # first: Ctrl-C during a native call is raised behind it, when all is updated
         self._counts += self._present
         try:
             for plan, m in self._plans:
-                plan.run(
-                    [gradients[i] for i in m], [self._rows[i] for i in m], numbers, clear=clear
-                )
+                rows = [self._rows[i] for i in m]
+                plan.run([gradients[i] for i in m], rows, numbers, clear=scaling.clear)
         except Exception:
             self._counts -= self._present
             raise
         self._expected_counts[:] = self._counts
 
-    def squares(self, gradients: Gradients) -> float:
-        """The sum of the squares of all gradients."""
-        return sum(plan.sum_of_squares([gradients[i] for i in m]) for plan, m in self._plans)
+    def repeat(self, scaling: Scaling, commit: Callable[[bool], None]) -> bool:
+        """`step` with gradients as in the last one, whose addresses are in `addresses`.
+
+        Args:
+            commit: counts, and tells autograd what was written to.
+
+        Returns:
+            Whether it was done.
+        """
+        (plan,) = self.plans
+        numbers = self._numbers(_factor(scaling, plan.squares))
+        commit(scaling.clear)  # first, as in `step`
+        plan.relaunch(numbers, scaling.clear)
+        return True
+
+    def squares(self, gradients: Gradients) -> torch.Tensor:
+        """The sum of the squares of all gradients: float64, 0-d."""
+        squares = [plan.sum_of_squares([gradients[i] for i in m]) for plan, m in self._plans]
+        return torch.tensor(sum(squares), dtype=torch.float64, device="cpu")
 
     def _assign_rows(self) -> None:
         """One row of numbers for each group and step count among the members with gradients."""
@@ -135,7 +143,11 @@ class HostPart:
                 self._first_of_row.append(i)
             self._rows.append(row)
 
-    def _numbers(self, i: int, t: int, factor: float) -> Numbers:
+    def _numbers(self, factor: float) -> list[Numbers]:
+        """The rows of numbers of the next step."""
+        return [self._row(i, int(self._counts[i]) + 1, factor) for i in self._first_of_row]
+
+    def _row(self, i: int, t: int, factor: float) -> Numbers:
         """The scalars of step `t` for the members that share group and count with member `i`."""
         group, rule = self._members[i].group, self._members[i].rule
         lr = nonnegative("lr", group["lr"])
@@ -166,22 +178,62 @@ class DevicePart:
         owners = {id(member.group): member for member in members}
         self._owners = list(owners.values())  # one member of each group
         places = {key: place for place, key in enumerate(owners)}
-        self.plan = DevicePlan(
+        self._plan = DevicePlan(
             members[0].backend,
             [member.bound for member in members],
             [places[id(member.group)] for member in members],
             [member.rule for member in self._owners],
             steps,
         )
+        self._nothing = np.zeros(len(members))
+
+        self.captured = False  # whether a graph may read the plan's tables at any time
+
+    @property
+    def plans(self) -> list[DevicePlan]:
+        """The plan."""
+        return [self._plan]
+
+    @property
+    def addresses(self) -> ctypes.Array | None:
+        """Where the addresses of the gradients go before `repeat`, if one launch takes them."""
+        return self._plan.addresses
+
+    @property
+    def counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of no meaning: the kernel counts, and what it finds in the state is right."""
+        return self._nothing, self._nothing
+
+    def look(self, gradients: Gradients) -> bool:
+        """Get ready for a step; whether gradients lie as in the last one."""
+        return self._plan.look(gradients)
 
     def step(self, gradients: Gradients, scaling: Scaling) -> None:
         """Count the step and update, all of it on the device."""
-        captured = capturing(self._device)
-        groups = [self._hyperparameters(member, captured) for member in self._owners]
-        self.plan.run(gradients, groups, scaling.on(self._device))
+        self._plan.run(gradients, self._hyperparameters(), scaling.on(self._device))
 
-    def _hyperparameters(self, member: Member, captured: bool) -> list[float | torch.Tensor]:
-        """Those of a member's group, as `GROUP_INPUTS` lists them."""
+    def repeat(self, scaling: Scaling, commit: Callable[[bool], None]) -> bool:
+        """As that of `HostPart`."""
+        if scaling.clear and not self._plan.lie_apart:
+            return False
+        hyperparameters = self._hyperparameters()
+        if scaling.max_norm < math.inf:
+            scaling = scaling._replace(squares=self._plan.squares())
+        commit(scaling.clear)
+        self._plan.relaunch(hyperparameters, scaling.on(self._device))
+        return True
+
+    def squares(self, gradients: Gradients) -> torch.Tensor:
+        """The sum of the squares of all gradients: float64, 0-d, on the device."""
+        return self._plan.sum_of_squares(gradients)
+
+    def _hyperparameters(self) -> list[list[float | torch.Tensor]]:
+        """For each group of the plan its values of `GROUP_INPUTS`."""
+        captured = capturing(self._device)
+        self.captured |= captured
+        return [self._values(member, captured) for member in self._owners]
+
+    def _values(self, member: Member, captured: bool) -> list[float | torch.Tensor]:
         group, genome = member.group, member.rule.genome
         beta1, beta2 = beta_pair(group["betas"])
         values = {
@@ -217,9 +269,17 @@ class DevicePart:
         return nonnegative("lr", lr)
 
 
-_factor = compiled(GRADIENT_FACTOR)
+_gradient_factor = compiled(GRADIENT_FACTOR)
 
 
-def gradient_factor(grad_scale: float, max_norm: float, squares: float) -> float:
+def _factor(scaling: Scaling, squares: Callable[[], float]) -> float:
     """What every gradient is multiplied with, direction aside."""
-    return _factor(direction=1.0, grad_scale=grad_scale, max_norm=max_norm, squares=squares)[0]
+    limited = scaling.max_norm < math.inf
+    if scaling.grad_scale is None and not limited:
+        return 1.0
+    return _gradient_factor(
+        direction=1.0,
+        grad_scale=1.0 if scaling.grad_scale is None else scaling.grad_scale.item(),
+        max_norm=scaling.max_norm,
+        squares=squares() if limited else 0.0,
+    )[0]
