@@ -36,6 +36,7 @@ class CpuBackend:
     """Every rule over the built-in catalogue, for all four element types."""
 
     name = "cpu"
+    fused = True
 
     def why_not(self, program: Program, device: torch.device, dtype: torch.dtype) -> str | None:
         """Other devices, rules beyond the covers, or a library that does not load."""

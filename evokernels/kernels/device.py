@@ -97,10 +97,12 @@ class DeviceBackend(Protocol):
     """A way to run programs on a device that counts its steps itself.
 
     Attributes:
+        fused: as that of `Backend`.
         most_words: that a launch can take.
     """
 
     name: str
+    fused: bool
     most_words: int
 
     def why_not(self, program: Program, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -60,6 +60,7 @@ class EagerBackend:
     """Runs everything, one torch call an operation."""
 
     name = "eager"
+    fused = False
 
     def why_not(self, program: Program, device: torch.device, dtype: torch.dtype) -> str | None:
         """Never turns anything down that the optimizer accepts."""

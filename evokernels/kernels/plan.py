@@ -134,9 +134,14 @@ class Plan(Protocol):
 
 
 class Backend(Protocol):
-    """A way to run programs."""
+    """A way to run programs.
+
+    Attributes:
+        fused: whether it updates all tensors at once, each read and written once.
+    """
 
     name: str
+    fused: bool
 
     def why_not(self, program: Program, device: torch.device, dtype: torch.dtype) -> str | None:
         """The reason why this backend cannot run a program there, None if it can."""

@@ -335,7 +335,7 @@ def _rounding(group: dict[str, Any], parameter: torch.Tensor, position: int) -> 
 
 def _select(rule: Rule, parameter: torch.Tensor, backend: str) -> Backend:
     selection = select(rule.program, parameter.device, parameter.dtype, backend)
-    if selection.rejected:  # only "auto" gets past a rejection
+    if selection.rejected and not selection.backend.fused:  # "auto" found nothing better
         reasons = "; ".join(f"{name}: {why}" for name, why in selection.rejected.items())
         warnings.warn(
             f"updating with the slow {selection.backend.name!r} backend ({reasons})",
