@@ -51,6 +51,8 @@ CREATE TABLE evaluation (
     UNIQUE (key, task, seed)
 );
 """
+# Settings that a journal of an earlier release has not, and what they were then.
+EARLIER = {"device": "cpu"}
 COLUMNS = (
     "generation, place, genome, key, task, seed, "
     "status, fitness, accuracy, final_loss, steps, seconds, images"
@@ -237,7 +239,7 @@ def _check(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
         (evaluations,) = connection.execute("SELECT count(*) FROM evaluation").fetchone()
     if not evaluations:
         return  # a run that failed at its start, perhaps because of its settings
-    recorded = json.loads(text)
+    recorded, settings = {**EARLIER, **json.loads(text)}, {**EARLIER, **settings}
     differing = [
         f"{name} {json.dumps(recorded.get(name))} (now {json.dumps(settings.get(name))})"
         for name in sorted({*recorded, *settings})
