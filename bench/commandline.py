@@ -39,8 +39,7 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
         type=positive,
         metavar="N",
         help="processes that train; the result does not depend on them "
-        "(as many as the processor has cores for; one on a CUDA device, of which each worker "
-        "needs its own share of memory)",
+        "(as many as the processor has cores for; 1 on a CUDA device)",
     )
 
 

@@ -51,12 +51,13 @@ CREATE TABLE evaluation (
     UNIQUE (key, task, seed)
 );
 """
-# Settings that a journal of an earlier release has not, and what they were then.
-EARLIER = {"device": "cpu"}
 COLUMNS = (
     "generation, place, genome, key, task, seed, "
     "status, fitness, accuracy, final_loss, steps, seconds, images"
 )
+
+# settings that journals of earlier releases do not name, and what they were then
+EARLIER = {"device": "cpu"}
 
 
 @dataclasses.dataclass(frozen=True)
