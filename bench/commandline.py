@@ -39,7 +39,7 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
         type=positive,
         metavar="N",
         help="processes that train; the result does not depend on them "
-        "(as many as the processor has cores for)",
+        "(as many as the processor has cores for; 1 on a CUDA device)",
     )
 
 
@@ -51,10 +51,15 @@ def positive(text: str) -> int:
     return value
 
 
-def worker_count(options: argparse.Namespace, threads: int) -> int:
-    """``--workers``, else one for every ``threads`` cores that this process may use."""
+def worker_count(options: argparse.Namespace, threads: int, device: str) -> int:
+    """``--workers``, else one for every ``threads`` cores that this process may use.
+
+    One on a CUDA device: the processes on it take turns, and each needs memory of its own.
+    """
     if options.workers is not None:
         return options.workers
+    if device != "cpu":
+        return 1
     available = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )

@@ -17,6 +17,7 @@ from evokernels import zoo
 from evokernels.errors import GenomeError
 from evokernels.evolution import report
 from evokernels.evolution.comparison import compare
+from evokernels.evolution.devices import find_device
 from evokernels.evolution.evaluator import Budget
 from evokernels.evolution.files import make_folder
 from evokernels.evolution.pool import open_pool
@@ -65,6 +66,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     ):
         parser.add_argument(f"--{name}", type=positive, default=value, metavar="N", help=meaning)
     parser.add_argument(
+        "--device",
+        default="cpu",
+        metavar="DEVICE",
+        help="where training runs: cpu, cuda or cuda:N",
+    )
+    parser.add_argument(
         "--out",
         type=pathlib.Path,
         default=pathlib.Path("runs/compare"),
@@ -80,13 +87,18 @@ def run(options: argparse.Namespace) -> None:
     genomes = {name: genome(name) for name in options.optimizers}
     for task in options.tasks:
         get_task(task)
+    find_device(options.device)
     make_folder(options.out)
     budget = Budget(options.steps, options.batch_size, options.train_samples)
-    workers = worker_count(options, options.threads)
+    workers = worker_count(options, options.threads, options.device)
     with (
         Bar() as bar,
         open_pool(
-            budget, workers=workers, threads=options.threads, data_dir=options.data_dir
+            budget,
+            workers=workers,
+            threads=options.threads,
+            device=options.device,
+            data_dir=options.data_dir,
         ) as pool,
     ):
         comparison = compare(

@@ -55,6 +55,7 @@ SETTINGS = (
     ("train-samples", int, False, "training images that are used"),
     ("comparison-seeds", int, False, "number of fresh seeds of the comparison with Adam and AdamW"),
     ("threads", int, False, "torch threads of each training run; they decide its last bits"),
+    ("device", str, False, "where training runs: cpu, cuda or cuda:N; decides its last bits too"),
 )
 
 
@@ -83,7 +84,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             f"--{name}",
             type=kind,
             nargs="+" if several else None,
-            metavar=name.rstrip("s").upper() if several else "N",
+            metavar="N" if kind is int and not several else name.rstrip("s").upper(),
             help=f"{meaning} ({values})",
         )
     parser.add_argument(
@@ -113,7 +114,7 @@ def run(options: argparse.Namespace) -> None:
             settings,
             options.out,
             data_dir=options.data_dir,
-            workers=worker_count(options, settings.threads),
+            workers=worker_count(options, settings.threads, settings.device),
             on_progress=bar.show,
         )
     print(summary(settings, options.out, result))

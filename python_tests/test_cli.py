@@ -59,6 +59,7 @@ def test_the_paper_preset_is_the_configuration_of_the_source_system(monkeypatch)
         "train_samples": 15000,
         "comparison_seeds": 3,
         "threads": 1,
+        "device": "cpu",
     }
 
 
@@ -70,7 +71,7 @@ def test_help_names_every_setting(command, capsys):
     for option in (
         *("population", "generations", "elites", "tournament", "max-terms", "run-seed", "tasks"),
         *("seeds", "steps", "batch-size", "train-samples", "comparison-seeds", "threads"),
-        *("preset", "out", "data-dir", "workers"),
+        *("device", "preset", "out", "data-dir", "workers"),
     ):
         assert f"--{option} " in text
 
@@ -87,8 +88,10 @@ def test_workers_fill_the_cores(monkeypatch):
     worker_count = importlib.import_module("commandline").worker_count
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     options = argparse.Namespace(workers=None)
-    assert [worker_count(options, threads) for threads in (1, 3, 16)] == [8, 2, 1]
-    assert worker_count(argparse.Namespace(workers=5), 4) == 5
+    assert [worker_count(options, threads, "cpu") for threads in (1, 3, 16)] == [8, 2, 1]
+    assert worker_count(options, 1, "cuda") == 1
+    for device in ("cpu", "cuda"):
+        assert worker_count(argparse.Namespace(workers=5), 4, device) == 5
 
 
 # Errors: one line, exit code 2, nothing overwritten
@@ -110,11 +113,21 @@ def assert_one_line(result, *parts):
         (("--population", "1"), "population must be at least 2, got 1"),
         (("--seeds", "0", "0"), "seeds must be one or more different values, got 0 0"),
         (("--steps", "0"), "steps must be at least 1, got 0"),
+        (("--device", "tpu"), "device must be cpu, cuda or cuda:N, got 'tpu'"),
     ],
 )
 def test_a_bad_setting(command, tmp_path, arguments, part):
     result = command("evolve", *TINY, *arguments, "--out", tmp_path / "run")
     assert_one_line(result, part)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", ["evolve", "compare"])
+def test_a_device_that_is_not_there(command, tmp_path, monkeypatch, script):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    mini = ("--tasks", "fashion_mnist_mini", "--steps", "1", "--device", "cuda")
+    result = command(script, *mini, "--out", tmp_path / "run")
+    assert_one_line(result, "device is 'cuda', but", "no CUDA device here; use cpu")
     assert not (tmp_path / "run").exists()
 
 

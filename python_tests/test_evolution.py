@@ -155,13 +155,15 @@ class FakeTraining:
 
     def __init__(self):
         self.trials = []
+        self.devices = set()
         self.fails_at = None
         self.images = "digest"
 
-    def __call__(self, trial, budget, data):
+    def __call__(self, trial, budget, data, device):
         if len(self.trials) == self.fails_at:
             raise Killed
         self.trials.append(trial)
+        self.devices.add(device)
         name = f"{canonical_key(trial.genome)}{trial.task}{trial.seed}"
         number = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 1000
         if number < 100:
@@ -282,6 +284,7 @@ def test_interrupted_anywhere_a_run_resumes_bit_identically(training, tmp_path):
         ({"seeds": (1, 1)}, "seeds must be .*1 1"),
         ({"seeds": (-1,)}, "seeds must be at least 0, got -1"),
         ({"threads": 0}, "threads must be at least 1"),
+        ({"device": "gpu"}, "device must be cpu, cuda or cuda:N, got 'gpu'"),
         ({"budget": Budget(0, 8, None)}, "steps must be at least 1"),
         ({"budget": Budget(5, 8, 7)}, "train_samples must be at least 8, got 7"),
         ({"comparison_seeds": 0}, "comparison_seeds must be at least 1"),
@@ -297,8 +300,26 @@ def test_an_unknown_task_is_named():
         dataclasses.replace(SETTINGS, tasks=("imagenet",))
 
 
-def test_settings_survive_the_journal():
-    assert RunSettings.from_dict(json.loads(json.dumps(SETTINGS.to_dict()))) == SETTINGS
+@pytest.fixture
+def one_cuda_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+
+def test_settings_survive_the_journal(one_cuda_device):
+    for settings in (SETTINGS, dataclasses.replace(SETTINGS, device="cuda")):
+        assert RunSettings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
+
+
+def test_settings_without_a_device_mean_the_cpu():
+    settings = SETTINGS.to_dict()
+    del settings["device"]
+    assert RunSettings.from_dict(settings) == SETTINGS
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_training_of_a_run_is_on_its_device(training, tmp_path, one_cuda_device, device):
+    evolve(dataclasses.replace(SETTINGS, device=device), tmp_path)
+    assert training.devices == {device}
 
 
 # The journal
@@ -328,6 +349,23 @@ def test_a_run_with_other_settings_is_refused_naming_them(complete):
         SETTINGS, seeds=(0,), search=dataclasses.replace(SETTINGS.search, population=7)
     )
     assert_refused(complete, r"population 6 \(now 7\), seeds \[0, 1\] \(now \[0\]\)", other)
+
+
+def without_device(folder):
+    """Makes the journal one of the first releases, whose settings have no device."""
+    with sqlite3.connect(folder / JOURNAL) as journal:
+        (text,) = journal.execute("SELECT settings FROM run").fetchone()
+        settings = json.loads(text)
+        del settings["device"]
+        journal.execute("UPDATE run SET settings = ?", [json.dumps(settings)])
+    journal.close()
+
+
+def test_a_journal_without_a_device_is_one_of_the_cpu(complete, one_cuda_device):
+    without_device(complete)
+    assert evolve(SETTINGS, complete).evaluations == 0
+    other = dataclasses.replace(SETTINGS, device="cuda:0")
+    assert_refused(complete, r'other settings: device "cpu" \(now "cuda:0"\);', other)
 
 
 def test_a_run_without_evaluations_takes_other_settings(training, tmp_path):

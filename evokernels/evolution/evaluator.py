@@ -12,23 +12,28 @@ import hashlib
 import time
 
 import torch
-from torch.nn import functional
 
+from evokernels.evolution.devices import CudaGraph, find_device, reproducible
 from evokernels.evolution.fitness import DIVERGED_FITNESS, diverged, final_loss, run_fitness
+from evokernels.evolution.training import LAYOUT, train, train_on_device
 from evokernels.genome import Genome
 from evokernels.optim import FusedEvolvedOptimizer
 from evokernels.search.score import Status
-from evokernels.tasks import ImageData, get_task, test_batches, training_batches
+from evokernels.tasks import (
+    Batches,
+    ImageData,
+    draw_batches,
+    get_task,
+    stack_draws,
+    test_batches,
+    training_batches,
+)
 
 __all__ = ["Budget", "Outcome", "Trial", "evaluate"]
 
-# Activations of 100 images stay near the caches; in batches of 500 the test takes up to twice as
-# long (measured).
-TEST_BATCH = 100
-
-# Convolution, pooling and batch norm of the two networks are 1.2 to 1.5 times faster with the
-# channels innermost (measured with one thread, training), twice as fast in the test.
-LAYOUT = torch.channels_last
+# Images in a batch of the test. On a CPU the activations of 100 stay near the caches; in batches of
+# 500 the test takes up to twice as long (measured). A GPU needs more to have something to do.
+TEST_BATCH = {"cpu": 100, "cuda": 1000}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,58 +78,64 @@ class Outcome:
     images: str
 
 
-def evaluate(trial: Trial, budget: Budget, data: ImageData) -> Outcome:
-    """Train within the budget, then test; bit-reproducible for a given number of torch threads.
+def evaluate(trial: Trial, budget: Budget, data: ImageData, device: str = "cpu") -> Outcome:
+    """Train within the budget, then test.
 
-    Leaves torch's global random generator as it was.
+    Bit-reproducible for a given device and number of torch threads. Initial weights and batches
+    are the same on every device, dropout is not. Leaves torch's global random generators as they
+    were.
 
     Args:
         trial: what to train.
         budget: how long.
-        data: the images of ``trial.task``.
+        data: the images of ``trial.task``, on the CPU.
+        device: "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        SettingsError: a device that is not there.
     """
     start = time.perf_counter()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(trial.seed)  # initial weights, then dropout
-        model = get_task(trial.task).model().to(memory_format=LAYOUT)
-        losses = _train(model, trial, budget, data)
-    if diverged(losses[-1]):
-        accuracy = loss = None
-        status, fitness, steps = Status.DIVERGED, DIVERGED_FITNESS, len(losses) - 1
-    else:
-        accuracy, loss = _accuracy(model, data), final_loss(losses)
-        status, fitness, steps = Status.OK, run_fitness(accuracy, loss), len(losses)
+    place = find_device(device)
+    images = _copy(data, place)
+    with reproducible(place, trial.seed):  # initial weights, then dropout
+        model = get_task(trial.task).model().to(device=place, memory_format=LAYOUT)
+        losses = _train(model, trial, budget, images)
+        if diverged(losses[-1]):
+            accuracy = loss = None
+            status, fitness, steps = Status.DIVERGED, DIVERGED_FITNESS, len(losses) - 1
+        else:
+            accuracy, loss = _accuracy(model, images), final_loss(losses)
+            status, fitness, steps = Status.OK, run_fitness(accuracy, loss), len(losses)
     seconds = time.perf_counter() - start
     return Outcome(status, fitness, accuracy, loss, steps, seconds, _digest(data))
 
 
 def _train(model: torch.nn.Module, trial: Trial, budget: Budget, data: ImageData) -> list[float]:
-    """The loss before each step; ends early with the first loss that counts as diverged."""
-    augment = get_task(trial.task).augment
+    """The loss before each step; ends with the first loss that counts as diverged."""
     optimizer = FusedEvolvedOptimizer(model.parameters(), trial.genome, total_steps=budget.steps)
-    losses: list[float] = []
-    model.train()
-    for x, y in training_batches(data, budget.batch_size, budget.steps, trial.seed, augment):
-        loss = functional.cross_entropy(model(x.contiguous(memory_format=LAYOUT)), y)
-        losses.append(loss.item())
-        if diverged(losses[-1]):
-            break
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return losses
+    augment = get_task(trial.task).augment
+    settings = data, budget.batch_size, budget.steps, trial.seed, augment
+    device = data.x_train.device
+    if device.type == "cpu":
+        return train(model, optimizer, training_batches(*settings))
+    draws = stack_draws(draw_batches(*settings)).map(lambda drawn: drawn.to(device))
+    return train_on_device(model, optimizer, Batches(data), draws, CudaGraph(device))
 
 
 @torch.inference_mode()
 def _accuracy(model: torch.nn.Module, data: ImageData) -> float:
     """Share of the test images that the model classifies correctly."""
     model.eval()
-    correct = total = 0
-    for x, y in test_batches(data, TEST_BATCH):
-        logits = model(x.contiguous(memory_format=LAYOUT))
-        correct += int((logits.argmax(dim=1) == y).sum())
-        total += len(y)
-    return correct / total
+    correct = sum(
+        (model(x.contiguous(memory_format=LAYOUT)).argmax(dim=1) == y).sum()
+        for x, y in test_batches(data, TEST_BATCH[data.x_test.device.type])
+    )
+    return int(correct) / len(data.y_test)
+
+
+@functools.cache  # by identity, as `_digest`
+def _copy(data: ImageData, device: torch.device) -> ImageData:
+    return data.to(device)
 
 
 @functools.cache  # by identity: a process computes it once for each data set it has loaded

@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
+
 from evokernels.search.score import Score, Status
 
 __all__ = [
@@ -14,6 +16,7 @@ __all__ = [
     "final_loss",
     "genome_score",
     "run_fitness",
+    "within_limit",
 ]
 
 # The fitness of the source system, section 3.3: accuracy decides, and a low training loss is
@@ -24,9 +27,14 @@ FINAL_STEPS = 50
 DIVERGED_FITNESS = -1.0
 
 
+def within_limit(loss: float | torch.Tensor) -> bool | torch.Tensor:
+    """Whether a training loss, or each in a tensor, is at most 50; NaN and infinity are not."""
+    return loss <= LOSS_LIMIT  # NaN compares False
+
+
 def diverged(loss: float) -> bool:
     """Whether a training loss is NaN, infinite or above 50: the run is lost."""
-    return not loss <= LOSS_LIMIT  # NaN compares False
+    return not within_limit(loss)
 
 
 def final_loss(losses: Sequence[float]) -> float:

@@ -56,6 +56,9 @@ COLUMNS = (
     "status, fitness, accuracy, final_loss, steps, seconds, images"
 )
 
+# settings that journals of earlier releases do not name, and what they were then
+EARLIER = {"device": "cpu"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
@@ -237,7 +240,7 @@ def _check(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
         (evaluations,) = connection.execute("SELECT count(*) FROM evaluation").fetchone()
     if not evaluations:
         return  # a run that failed at its start, perhaps because of its settings
-    recorded = json.loads(text)
+    recorded, settings = {**EARLIER, **json.loads(text)}, {**EARLIER, **settings}
     differing = [
         f"{name} {json.dumps(recorded.get(name))} (now {json.dumps(settings.get(name))})"
         for name in sorted({*recorded, *settings})

@@ -43,6 +43,7 @@ class Pool:
         in_flight: trials handed to it at a time; the number of its workers keeps all of them busy,
             and no more than that many trials are lost when the run is killed.
         budget: of every trial.
+        device: where every trial runs.
         data_dir: folder with data sets, or None (see `evokernels.tasks.load_images`).
     """
 
@@ -51,11 +52,14 @@ class Pool:
         executor: concurrent.futures.Executor,
         in_flight: int,
         budget: Budget,
+        device: str,
         data_dir: str | None,
     ) -> None:
         self._executor = executor
         self._in_flight = in_flight
-        self._evaluate = functools.partial(_evaluate, budget=budget, data_dir=data_dir)
+        self._evaluate = functools.partial(
+            _evaluate, budget=budget, device=device, data_dir=data_dir
+        )
 
     def run(self, trials: Iterable[Trial]) -> Iterator[tuple[Trial, Outcome]]:
         """Each trial with its outcome, in the order in which they end.
@@ -85,18 +89,24 @@ class Pool:
 
 @contextlib.contextmanager
 def open_pool(
-    budget: Budget, *, workers: int, threads: int, data_dir: str | None = None
+    budget: Budget,
+    *,
+    workers: int,
+    threads: int,
+    device: str = "cpu",
+    data_dir: str | None = None,
 ) -> Iterator[Pool]:
     """A pool of ``workers`` processes with ``threads`` torch threads each; one worker is inline.
 
-    The results depend on ``threads``, never on ``workers``. Leaving the context by an error or
+    The results depend on ``threads`` and ``device`` ("cpu", "cuda" or "cuda:N", which all workers
+    share), never on ``workers``. Leaving the context by an error or
     Ctrl-C ends the workers at once, in the middle of what they do.
     """
     if workers == 1:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            yield Pool(InlineExecutor(), 1, budget, data_dir)
+            yield Pool(InlineExecutor(), 1, budget, device, data_dir)
         finally:
             torch.set_num_threads(before)
         return
@@ -104,13 +114,14 @@ def open_pool(
     others = set(multiprocessing.active_children())
     with concurrent.futures.ProcessPoolExecutor(
         max_workers=workers,
-        # a forked child would inherit torch's thread pools without their threads, and hang
+        # a forked child would inherit torch's thread pools without their threads, and hang; and it
+        # could not use CUDA
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
         initargs=(threads,),
     ) as executor:
         try:
-            yield Pool(executor, workers, budget, data_dir)
+            yield Pool(executor, workers, budget, device, data_dir)
         except BaseException:
             # the executor would wait for the trials in flight, up to a minute each
             for worker in set(multiprocessing.active_children()) - others:
@@ -132,9 +143,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _evaluate(trial: Trial, *, budget: Budget, data_dir: str | None) -> Outcome:
+def _evaluate(trial: Trial, *, budget: Budget, device: str, data_dir: str | None) -> Outcome:
     dataset = get_task(trial.task).dataset
-    return evaluate(trial, budget, _images(dataset, data_dir, budget.train_samples))
+    return evaluate(trial, budget, _images(dataset, data_dir, budget.train_samples), device)
 
 
 @functools.cache  # a process loads each data set once

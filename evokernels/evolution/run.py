@@ -13,6 +13,7 @@ from evokernels.compiler.canonical import canonical_key
 from evokernels.errors import SettingsError
 from evokernels.evolution import report
 from evokernels.evolution.comparison import Comparison
+from evokernels.evolution.devices import find_device
 from evokernels.evolution.evaluator import Budget, Outcome, Trial
 from evokernels.evolution.history import Generation, Result, summarise
 from evokernels.evolution.journal import Entry, Journal, open_journal
@@ -38,9 +39,11 @@ class RunSettings:
         comparison_seeds: how many seeds the best genome is compared with Adam and AdamW on; they
             follow the largest of ``seeds``, so that selection has seen none of them.
         threads: torch threads of a training run (they decide the last bits of its numbers).
+        device: where training runs take place: "cpu", "cuda" or "cuda:N" (it decides them too).
 
     Raises:
-        SettingsError, DatasetError: naming the setting, the value given and the values allowed.
+        SettingsError, DatasetError: naming the setting, the value given and the values allowed;
+            a device must be there.
     """
 
     search: GeneticConfig
@@ -49,10 +52,12 @@ class RunSettings:
     budget: Budget
     comparison_seeds: int
     threads: int
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         for task in self.tasks:
             get_task(task)
+        find_device(self.device)
         for name, value, least in (
             ("steps", self.budget.steps, 1),
             ("batch_size", self.budget.batch_size, 1),
@@ -81,8 +86,9 @@ class RunSettings:
         budget = Budget(**{f.name: values.pop(f.name) for f in dataclasses.fields(Budget)})
         tasks, seeds = tuple(values.pop("tasks")), tuple(values.pop("seeds"))
         comparison_seeds, threads = values.pop("comparison_seeds"), values.pop("threads")
+        device = values.pop("device", "cpu")
         search = GeneticConfig(seed=values.pop("run_seed"), **values)
-        return cls(search, tasks, seeds, budget, comparison_seeds, threads)
+        return cls(search, tasks, seeds, budget, comparison_seeds, threads, device)
 
     def to_dict(self) -> dict[str, Any]:
         """Flat, as the journal keeps it; named like the options of the command line."""
@@ -95,6 +101,7 @@ class RunSettings:
             **dataclasses.asdict(self.budget),
             "comparison_seeds": self.comparison_seeds,
             "threads": self.threads,
+            "device": self.device,
         }
 
 
@@ -144,7 +151,11 @@ def evolve(
     with (
         open_journal(folder, settings.to_dict()) as journal,
         open_pool(
-            settings.budget, workers=workers, threads=settings.threads, data_dir=data_dir
+            settings.budget,
+            workers=workers,
+            threads=settings.threads,
+            device=settings.device,
+            data_dir=data_dir,
         ) as pool,
     ):
         return _Run(settings, pathlib.Path(folder), journal, pool, on_progress).complete()

@@ -49,6 +49,12 @@ class ImageData:
     std: tuple[float, ...]
     num_classes: int
 
+    def to(self, device: torch.device) -> ImageData:
+        """The same data set with its tensors on ``device``."""
+        return dataclasses.replace(
+            self, **{name: getattr(self, name).to(device) for name in ARRAYS}
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
