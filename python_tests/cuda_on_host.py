@@ -39,6 +39,7 @@ class CudaOnHost:
     """
 
     name = "cuda on the host"
+    fused = True
 
     def __init__(self, most_words: int = MOST_WORDS, resident: int = 7) -> None:
         self.most_words, self._resident = most_words, resident

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Collection, Mapping, Sequence
@@ -157,9 +158,10 @@ class Binding:
             part.squares([gradients[i] if i in chosen else None for i in members])
             for part, members in self._parts
         ]
-        device = "cpu" if self.needs_host or not sums else sums[0].device
-        nothing = torch.zeros((), dtype=torch.float64, device=device)
-        return sum((value.to(device) for value in sums), start=nothing)
+        if not sums:
+            return torch.zeros((), dtype=torch.float64, device="cpu")
+        device = "cpu" if self.needs_host else sums[0].device
+        return functools.reduce(torch.add, (value.to(device) for value in sums))
 
     def _tell_dtensors(self, gradients: Gradients, clear: bool) -> None:
         """What was done to their local parts."""
