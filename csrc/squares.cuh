@@ -3,7 +3,7 @@
 #ifndef EVK_SQUARES_CUH
 #define EVK_SQUARES_CUH
 
-#include "device.cuh"
+#include "launch.cuh"
 
 struct Sums {
     double of_thread[EVK_THREADS];
@@ -15,7 +15,7 @@ template <typename Kind>
 EVK_INLINE double sum_squares(const Words &words, const Tensor &tensor, void *gradient,
                               const Chunk &chunk, int thread) {
     using Stored = typename Kind::Parameter::Stored;
-    constexpr int N = sizeof(Sixteen) / sizeof(Stored);
+    constexpr int N = Vector<Stored>::SIZE;
     const Stored *g = global<const Stored>(gradient);
     const int64_t *layouts = global<const int64_t>(words.header.layouts);
     double sum = 0;
@@ -23,7 +23,8 @@ EVK_INLINE double sum_squares(const Words &words, const Tensor &tensor, void *gr
     if (tensor.g_layout == EVK_DENSE && fits_vectors(gradient)) {
         done += (chunk.end - chunk.first) / N * N;
         for (int64_t i = chunk.first + thread * N; i < done; i += EVK_THREADS * N) {
-            const auto gs = load_vector<Stored, N>(g + i);
+            Vector<Stored> gs;
+            load_vector(gs, g + i);
 #pragma unroll
             for (int j = 0; j < N; ++j) {
                 const double x = Kind::Parameter::load(get(gs, j));
@@ -51,13 +52,11 @@ EVK_INLINE void add_up(Sums &sums) {
 
 EVK_INLINE void squares_block(const Words &words, Sums &sums, int64_t block, int64_t blocks) {
     const Header &header = words.header;
-    const Tensor *tensors = global<const Tensor>(header.tensors);
-    const Chunk *chunks = global<const Chunk>(header.chunks);
     /* volatile: other blocks write them too */
     volatile double *partial_sums = global<double>(header.partial_sums);
     for (int64_t c = block; c < header.chunk_count; c += blocks) {
-        const Chunk &chunk = chunks[c];
-        const Tensor &tensor = tensors[chunk.tensor];
+        const Chunk &chunk = chunk_of(words, c);
+        const Tensor &tensor = tensor_of(words, chunk.tensor);
         void *gradient = gradient_of(words, chunk.tensor);
         EVK_EACH_THREAD(thread) {
             double sum = 0;
@@ -71,7 +70,7 @@ EVK_INLINE void squares_block(const Words &words, Sums &sums, int64_t block, int
             if (thread == 0) partial_sums[c] = sums.of_thread[0];
         }
     }
-    if (!is_last(global<uint32_t>(header.ticket), blocks, sums.last)) return;
+    if (!is_last(words, blocks, sums.last)) return;
     EVK_EACH_THREAD(thread) {
         double sum = 0;
         for (int64_t c = thread; c < header.chunk_count; c += EVK_THREADS) sum += partial_sums[c];
