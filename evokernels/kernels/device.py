@@ -298,11 +298,18 @@ class DevicePlan:
         known = self._gradient_keys
         self._gradient_keys = [None] * len(keys)  # an error below leaves nothing half known
         before = self._records["g_layout"].copy()
+        now = before.copy()
         for i, (bound, gradient) in enumerate(zip(self._tensors, gradients, strict=True)):
             if gradient is not None and keys[i] != known[i]:
                 check_gradient(bound, gradient, keys[i])
-                self._records[i]["g_layout"] = self._layout(gradient, self._orders[i])
-        if (before != self._records["g_layout"]).any():
+                now[i] = self._layout(gradient, self._orders[i])
+        if (before != now).any():
+            if capturing(self._device):
+                raise OptimizerError(
+                    "gradients lie in memory otherwise than in the steps before, which a step "
+                    "cannot take note of while it is captured: run one with such gradients before"
+                )
+            self._records["g_layout"] = now
             self._upload_records()
         self._gradient_keys = keys
         self._updated = [
@@ -358,11 +365,6 @@ class DevicePlan:
 
     def _upload(self, table: np.ndarray) -> int:
         """The address of a table on the device."""
-        if capturing(self._device):
-            raise OptimizerError(
-                "gradients lie in memory otherwise than in the steps before, which a step cannot "
-                "take note of while it is captured: run one step with such gradients before"
-            )
         words = np.ascontiguousarray(table).view(np.int64).reshape(-1)
         self._tables.append(torch.from_numpy(words.copy()).to(self._device))
         return self._tables[-1].data_ptr()
