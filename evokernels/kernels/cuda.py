@@ -11,14 +11,15 @@ import torch
 
 from evokernels.compiler.covers import find_cover
 from evokernels.compiler.program import Program
+from evokernels.compiler.render_cuda import THREADS
 from evokernels.errors import BackendError
 from evokernels.kernels import nvrtc
+from evokernels.kernels.cuda_source import cuda_source
 from evokernels.kernels.device import Kind
 from evokernels.kernels.driver import Driver, driver
 
 __all__ = ["CudaBackend", "CudaKernel"]
 
-THREADS = 256  # of a block
 # Words of 64 bits that a kernel takes as its parameter: 4 KB, and 32,764 bytes since CUDA 12.1
 # ("CUDA 12.1 Supports Large Kernel Parameters", NVIDIA 2023), on compute capability 7.0 and above.
 CLASSIC_WORDS, LARGE_WORDS = 4096 // 8, 32764 // 8
@@ -100,11 +101,13 @@ class CudaKernel:
 
     def __init__(self, driver: Driver, kinds: tuple[Kind, ...], words: int, index: int) -> None:
         capability = torch.cuda.get_device_capability(index)
-        code = nvrtc.cubin(render(kinds, words), nvrtc.architecture_for(capability))
+        code = nvrtc.cubin(cuda_source(kinds, words), nvrtc.architecture_for(capability))
         self._driver = driver
         self._context = driver.primary_context(index)
         module = driver.module(self._context, code)
-        self._update, self._squares = (driver.function(module, name) for name in ENTRIES)
+        self._update, self._squares = (
+            driver.function(module, name) for name in ("evk_update", "evk_squares")
+        )
         at_a_time = driver.blocks_at_a_time(self._context, self._update, THREADS)
         processors = torch.cuda.get_device_properties(index).multi_processor_count
         self.resident = processors * at_a_time
