@@ -64,10 +64,10 @@ class Traffic:
 
 
 def streaming_loops(ptx: str, entry: str) -> list[Traffic]:
-    """The innermost loops of a kernel that store 16 bytes at a time."""
+    """The innermost loops of a kernel that access 16 bytes at a time."""
     blocks = _blocks(_body(ptx, entry))
     traffic = [_traffic(blocks, *loop) for loop in _innermost_loops(blocks)]
-    return [loop for loop in traffic if loop.stored[1] and max(loop.widths) == 16]
+    return [loop for loop in traffic if max(loop.widths, default=0) == 16]
 
 
 _ACCESS = re.compile(r"(@!?%p\d+\s+)?(ld|st)(?:\.volatile|\.relaxed|\.gpu)*\.global(\S*)\s")

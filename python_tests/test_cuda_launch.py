@@ -4,6 +4,7 @@ import ctypes
 import enum
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import threading
@@ -21,6 +22,8 @@ from evokernels.kernels import cuda, nvrtc
 from evokernels.kernels.cuda import CudaBackend, capacity
 from evokernels.kernels.device import Kind
 from evokernels.kernels.driver import Driver
+
+pytestmark = pytest.mark.skipif(nvrtc.why_not() is not None, reason=str(nvrtc.why_not()))
 
 RULE = lower(Genome(term_types=[Term.ADAM_TERM], alphas=[1.0]))
 KINDS = (Kind(structure_of(RULE), torch.float32, torch.float32, False),)
@@ -67,7 +70,10 @@ class FakeApi(types.SimpleNamespace):
         return [name for name, *_ in self.calls]
 
     def cuGetErrorName(self, status):
-        return Status.CUDA_SUCCESS, None if status == Status.CUDA_ERROR_NEW else status.name.encode()
+        return (
+            Status.CUDA_SUCCESS,
+            None if status == Status.CUDA_ERROR_NEW else status.name.encode(),
+        )
 
     def cuGetErrorString(self, status):
         known = status != Status.CUDA_ERROR_NEW
@@ -131,9 +137,7 @@ def backend(api, monkeypatch, tmp_path):
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     streams = {0: 0xA0, 1: 0xA1}
-    monkeypatch.setattr(
-        torch._C, "_cuda_getCurrentRawStream", streams.__getitem__, raising=False
-    )
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", streams.__getitem__, raising=False)
     return CudaBackend()
 
 
@@ -145,7 +149,9 @@ def test_loading(backend, api):
     kernel = load(backend)
     assert kernel.resident == 40 * 3
     context = CONTEXT.format(1)
-    assert [call for call in api.calls if call[0] not in ("cuModuleLoadData", "cuDriverGetVersion")] == [
+    assert [
+        call for call in api.calls if call[0] not in ("cuModuleLoadData", "cuDriverGetVersion")
+    ] == [
         ("cuInit", 0),
         ("cuDeviceGet", 1),
         ("cuDevicePrimaryCtxRetain", 1),
@@ -264,7 +270,7 @@ def test_an_error_of_the_driver_is_told(backend, api, name):
 def test_what_to_do_about_an_error(backend, api):
     kernel = load(backend)
     api.fail["cuCtxPushCurrent"] = Status.CUDA_ERROR_NOT_INITIALIZED
-    with pytest.raises(BackendError, match="cuLaunchKernel: .*NOT_INITIALIZED.*; .*'spawn'"):
+    with pytest.raises(BackendError, match=r"cuLaunchKernel: .*NOT_INITIALIZED.*; .*'spawn'"):
         kernel.update(np.zeros(4, np.int64), 1)
     assert "cuLaunchKernel" not in api.names()
 
@@ -275,6 +281,7 @@ def test_an_error_that_the_driver_does_not_know(backend, api):
         load(backend)
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of a process with threads
 def test_a_forked_process_is_told(backend, api):
     kernel = load(backend)
     api.calls.clear()
@@ -342,7 +349,9 @@ REASONS = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "reason"), [r[1:] for r in REASONS], ids=[r[0] for r in REASONS])
+@pytest.mark.parametrize(
+    ("changes", "reason"), [r[1:] for r in REASONS], ids=[r[0] for r in REASONS]
+)
 def test_reasons(backend, api, monkeypatch, changes, reason):
     for name, value in changes.items():
         if name == "number":
@@ -351,11 +360,7 @@ def test_reasons(backend, api, monkeypatch, changes, reason):
             monkeypatch.setattr(nvrtc, name.partition(".")[2], value)
         else:
             monkeypatch.setattr(f"torch.{name}", value)
-    with_reason = why_not(backend)
-    assert with_reason is not None
-    import re
-
-    assert re.search(reason, with_reason), with_reason
+    assert re.search(reason, why_not(backend) or "none")
 
 
 def test_other_devices():

@@ -202,7 +202,10 @@ def _with_kind(count: int) -> str:
     lines = [
         "#define EVK_WITH_KIND(number, ...)",
         "    switch (number) {",
-        *(f"        case {i}: {{ using Kind = Kind{i}; __VA_ARGS__; }} break;" for i in range(count)),
+        *(
+            f"        case {i}: {{ using Kind = Kind{i}; __VA_ARGS__; }} break;"
+            for i in range(count)
+        ),
         "    }",
     ]
     return " \\\n".join(lines) + "\n"
