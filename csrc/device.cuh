@@ -23,6 +23,8 @@
     }
 #define EVK_EACH_THREAD(thread) if (const int thread = threadIdx.x; true)
 #define EVK_BARRIER() __syncthreads()
+/* What was read from memory is read again from here on. */
+#define EVK_FORGET() asm volatile("" ::: "memory")
 /* A function that is not worth a copy wherever it is called. */
 #define EVK_APART static __device__ __noinline__
 
@@ -41,79 +43,62 @@ EVK_INLINE bool islessgreater(X x, Y y) {
 
 #endif
 
-/* N elements in registers, loaded and stored 16 bytes at a time. Indices must be constants once
- * loops are unrolled: registers have no addresses. */
+/* Elements of 16 bytes in registers, which are loaded and stored at a time. Registers have no
+ * addresses: every index must be a constant once loops are unrolled. */
 struct alignas(16) Sixteen {
     uint32_t words[4];
 };
 
-template <typename T, int N>
+template <typename T>
 struct Vector {
-    static constexpr int PARTS = N * sizeof(T) / sizeof(Sixteen);
-    static_assert(PARTS * sizeof(Sixteen) == N * sizeof(T), "whole accesses");
-    Sixteen parts[PARTS];
+    static constexpr int SIZE = sizeof(Sixteen) / sizeof(T);
+    Sixteen bytes;
 };
-
-EVK_INLINE uint64_t bits_of(double x) {
-    uint64_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-EVK_INLINE double double_of(uint64_t bits) {
-    double x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
 
 /* Whether vectors can begin at an address. */
 EVK_INLINE bool fits_vectors(const void *address) {
     return reinterpret_cast<uint64_t>(address) % sizeof(Sixteen) == 0;
 }
 
-template <typename T, int N>
-EVK_INLINE Vector<T, N> load_vector(const T *from) {
-    Vector<T, N> x;
-    for (int i = 0; i < x.PARTS; ++i) x.parts[i] = reinterpret_cast<const Sixteen *>(from)[i];
-    return x;
+template <typename T>
+EVK_INLINE void load_vector(Vector<T> &x, const T *from) {
+    x.bytes = *reinterpret_cast<const Sixteen *>(from);
 }
 
-template <typename T, int N>
-EVK_INLINE void store_vector(T *to, const Vector<T, N> &x) {
-    for (int i = 0; i < x.PARTS; ++i) reinterpret_cast<Sixteen *>(to)[i] = x.parts[i];
+template <typename T>
+EVK_INLINE void store_vector(T *to, const Vector<T> &x) {
+    *reinterpret_cast<Sixteen *>(to) = x.bytes;
 }
 
-template <int N>
-EVK_INLINE uint16_t get(const Vector<uint16_t, N> &x, int i) {
-    return static_cast<uint16_t>(x.parts[i / 8].words[i % 8 / 2] >> 16 * (i % 2));
+/* Element `i` of a longer row, of which the vector holds the part where `i` is. */
+EVK_INLINE uint16_t get(const Vector<uint16_t> &x, int i) {
+    return static_cast<uint16_t>(x.bytes.words[i % 8 / 2] >> 16 * (i % 2));
 }
 
-template <int N>
-EVK_INLINE float get(const Vector<float, N> &x, int i) {
-    return float_of(x.parts[i / 4].words[i % 4]);
+EVK_INLINE float get(const Vector<float> &x, int i) { return float_of(x.bytes.words[i % 4]); }
+
+EVK_INLINE double get(const Vector<double> &x, int i) {
+    const uint32_t *words = &x.bytes.words[i % 2 * 2];
+    const uint64_t bits = words[0] | static_cast<uint64_t>(words[1]) << 32;
+    double value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
 }
 
-template <int N>
-EVK_INLINE double get(const Vector<double, N> &x, int i) {
-    const uint32_t *words = &x.parts[i / 2].words[i % 2 * 2];
-    return double_of(words[0] | static_cast<uint64_t>(words[1]) << 32);
+EVK_INLINE void set(Vector<uint16_t> &x, int i, uint16_t value) {
+    uint32_t &word = x.bytes.words[i % 8 / 2];
+    const uint32_t bits = value;
+    word = i % 2 ? (word & 0xffff) | bits << 16 : (word & 0xffff0000) | bits;
 }
 
-template <int N>
-EVK_INLINE void set(Vector<uint16_t, N> &x, int i, uint16_t value) {
-    uint32_t &word = x.parts[i / 8].words[i % 8 / 2];
-    word = i % 2 ? (word & 0xffff) | static_cast<uint32_t>(value) << 16 : (word & 0xffff0000) | value;
+EVK_INLINE void set(Vector<float> &x, int i, float value) {
+    x.bytes.words[i % 4] = bits_of(value);
 }
 
-template <int N>
-EVK_INLINE void set(Vector<float, N> &x, int i, float value) {
-    x.parts[i / 4].words[i % 4] = bits_of(value);
-}
-
-template <int N>
-EVK_INLINE void set(Vector<double, N> &x, int i, double value) {
-    uint32_t *words = &x.parts[i / 2].words[i % 2 * 2];
-    const uint64_t bits = bits_of(value);
+EVK_INLINE void set(Vector<double> &x, int i, double value) {
+    uint32_t *words = &x.bytes.words[i % 2 * 2];
+    uint64_t bits;
+    memcpy(&bits, &value, sizeof bits);
     words[0] = static_cast<uint32_t>(bits);
     words[1] = static_cast<uint32_t>(bits >> 32);
 }

@@ -9,6 +9,7 @@ typedef unsigned int uint32_t;
 typedef unsigned long long uint64_t;
 typedef long long int64_t;
 #define EVK_INLINE static __device__ __forceinline__
+#define EVK_MEMBER __device__ __forceinline__
 
 #else
 
@@ -16,6 +17,7 @@ typedef long long int64_t;
 #include <stdint.h>
 #include <string.h>
 #define EVK_INLINE static inline
+#define EVK_MEMBER inline
 
 #endif
 

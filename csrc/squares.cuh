@@ -15,7 +15,7 @@ template <typename Kind>
 EVK_INLINE double sum_squares(const Words &words, const Tensor &tensor, void *gradient,
                               const Chunk &chunk, int thread) {
     using Stored = typename Kind::Parameter::Stored;
-    constexpr int N = sizeof(Sixteen) / sizeof(Stored);
+    constexpr int N = Vector<Stored>::SIZE;
     const Stored *g = global<const Stored>(gradient);
     const int64_t *layouts = global<const int64_t>(words.header.layouts);
     double sum = 0;
@@ -23,7 +23,8 @@ EVK_INLINE double sum_squares(const Words &words, const Tensor &tensor, void *gr
     if (tensor.g_layout == EVK_DENSE && fits_vectors(gradient)) {
         done += (chunk.end - chunk.first) / N * N;
         for (int64_t i = chunk.first + thread * N; i < done; i += EVK_THREADS * N) {
-            const auto gs = load_vector<Stored, N>(g + i);
+            Vector<Stored> gs;
+            load_vector(gs, g + i);
 #pragma unroll
             for (int j = 0; j < N; ++j) {
                 const double x = Kind::Parameter::load(get(gs, j));

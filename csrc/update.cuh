@@ -19,8 +19,29 @@ struct Numbers {
     bool last; /* whether this block is the last one at work */
 };
 
-EVK_INLINE void read(const Numbers &numbers, int i, float &k) { k = numbers.narrow[i]; }
-EVK_INLINE void read(const Numbers &numbers, int i, double &k) { k = numbers.wide[i]; }
+/* The scalars of a program as it reads them. Floats stay in registers for a whole chunk; doubles
+ * would take too many, and are read for each element. */
+template <typename Real, int COUNT>
+struct Scalars;
+
+template <int COUNT>
+struct Scalars<float, COUNT> {
+    float values[COUNT];
+    EVK_MEMBER Scalars(const Numbers &numbers) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) values[i] = numbers.narrow[i];
+    }
+    EVK_MEMBER float operator[](int i) const { return values[i]; }
+    EVK_MEMBER void next_element() const {}
+};
+
+template <int COUNT>
+struct Scalars<double, COUNT> {
+    const double *values;
+    EVK_MEMBER Scalars(const Numbers &numbers) : values(numbers.wide) {}
+    EVK_MEMBER double operator[](int i) const { return values[i]; }
+    EVK_MEMBER void next_element() const { EVK_FORGET(); }
+};
 
 /* A number for each thread, neighbours in different warps: threads of one warp that compute
  * different things wait for each other. */
@@ -85,14 +106,15 @@ EVK_INLINE Draws draw(const Tensor &tensor, double t, uint64_t eighth) {
 }
 
 /* One element as it is stored; the `i`th of its eight. */
-template <typename Kind>
-EVK_INLINE void update_element(const typename Kind::Real *k, typename Kind::Parameter::Stored &p,
+template <typename Kind, typename Scalars>
+EVK_INLINE void update_element(const Scalars &k, typename Kind::Parameter::Stored &p,
                                typename Kind::Parameter::Stored g, typename Kind::State::Stored &m,
                                typename Kind::State::Stored &v, const Draws &draws, int i) {
     using Parameter = typename Kind::Parameter;
     using State = typename Kind::State;
     typename Kind::Real wide_p = Parameter::load(p), wide_m = State::load(m),
                         wide_v = State::load(v);
+    k.next_element();
     Kind::update(k, wide_p, Parameter::load(g), wide_m, wide_v);
     p = Parameter::store(wide_p, random_of(draws.p, i));
     m = State::store(wide_m, random_of(draws.m, i));
@@ -105,38 +127,42 @@ EVK_INLINE void update_chunk(const Words &words, const Tensor &tensor, void *gra
                              const Chunk &chunk, double t, const Numbers &numbers, int thread) {
     using Stored = typename Kind::Parameter::Stored;
     using Moment = typename Kind::State::Stored;
-    constexpr int N = Kind::WIDTH, SCALARS = Kind::Structure::SCALARS;
+    constexpr int N = Kind::WIDTH;
     const bool clear = words.header.clear;
     Stored *p = global<Stored>(tensor.p), *g = global<Stored>(gradient);
     Moment *m = global<Moment>(tensor.m), *v = global<Moment>(tensor.v);
     const int64_t *layouts = global<const int64_t>(words.header.layouts);
-    typename Kind::Real k[SCALARS];
-    for (int i = 0; i < SCALARS; ++i) read(numbers, i, k[i]);
+    const Scalars<typename Kind::Real, Kind::Structure::SCALARS> k(numbers);
 
     int64_t done = chunk.first;
     if (tensor.aligned && tensor.g_layout == EVK_DENSE && fits_vectors(gradient)) {
         done += (chunk.end - chunk.first) / N * N;
 #pragma unroll 1
         for (int64_t i = chunk.first + thread * N; i < done; i += EVK_THREADS * N) {
-            auto ps = load_vector<Stored, N>(p + i);
-            const auto gs = load_vector<Stored, N>(g + i);
-            Vector<Moment, N> ms = {}, vs = {};
-            if constexpr (Kind::M) ms = load_vector<Moment, N>(m + i);
-            if constexpr (Kind::V) vs = load_vector<Moment, N>(v + i);
+            Vector<Stored> ps, gs, zeros = {};
+            Vector<Moment> ms = {}, vs = {};
             const Draws draws = draw<Kind>(tensor, t, i / 8);
 #pragma unroll
             for (int j = 0; j < N; ++j) {
+                if (j % gs.SIZE == 0) {
+                    load_vector(ps, p + i + j);
+                    load_vector(gs, g + i + j);
+                }
+                if (Kind::M && j % ms.SIZE == 0) load_vector(ms, m + i + j);
+                if (Kind::V && j % vs.SIZE == 0) load_vector(vs, v + i + j);
                 Stored one_p = get(ps, j);
                 Moment one_m = get(ms, j), one_v = get(vs, j);
                 update_element<Kind>(k, one_p, get(gs, j), one_m, one_v, draws, j);
                 set(ps, j, one_p);
                 set(ms, j, one_m);
                 set(vs, j, one_v);
+                if ((j + 1) % ps.SIZE == 0) {
+                    store_vector(p + i + j + 1 - ps.SIZE, ps);
+                    if (clear) store_vector(g + i + j + 1 - gs.SIZE, zeros);
+                }
+                if (Kind::M && (j + 1) % ms.SIZE == 0) store_vector(m + i + j + 1 - ms.SIZE, ms);
+                if (Kind::V && (j + 1) % vs.SIZE == 0) store_vector(v + i + j + 1 - vs.SIZE, vs);
             }
-            store_vector(p + i, ps);
-            if constexpr (Kind::M) store_vector(m + i, ms);
-            if constexpr (Kind::V) store_vector(v + i, vs);
-            if (clear) store_vector(g + i, Vector<Stored, N>{});
         }
     }
     /* whatever is left, or does not lie like that: one by one */

@@ -17,6 +17,7 @@
     for (int turn = 0, thread = 77; turn < EVK_THREADS;                         \
          ++turn, thread = (thread + 101) % EVK_THREADS)
 #define EVK_BARRIER()
+#define EVK_FORGET()
 #define EVK_APART static
 
 template <typename T>

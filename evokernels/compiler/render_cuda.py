@@ -172,9 +172,13 @@ def _kind(name: str, kind: CudaKind, structure: str) -> str:
     program = kind.structure.program
     real = DTYPES[kind.parameter].real
     has = {moment: str(moment in program.state).lower() for moment in "mv"}
-    scalars = (
-        f"const {real} k{i} = k[{i}]; /* {role} */" for i, role in enumerate(program.scalars)
-    )
+    body, read = [], set()
+    for line in program.lines:  # numbers where they are needed: registers are scarce
+        for i, role in enumerate(program.scalars):
+            if f"k{i}" in line.args and i not in read:
+                read.add(i)
+                body.append(f"const {real} k{i} = k[{i}]; /* {role} */")
+        body.append(assignment(line, real))
     results = (f"{value} = {result};" for value, result in program.results)
     return (
         f"struct {name} {{\n"
@@ -184,9 +188,9 @@ def _kind(name: str, kind: CudaKind, structure: str) -> str:
         f"    using State = {_format(kind.state, kind.stochastic)};\n"
         f"    static constexpr bool M = {has['m']}, V = {has['v']};\n"
         f"    static constexpr int WIDTH = {kind.width};\n"
-        "    EVK_INLINE void update(const Real *k, Real &p, Real g, Real &m, Real &v) {\n"
-        f"{indented(2, scalars)}"
-        f"{indented(2, (assignment(line, real) for line in program.lines))}"
+        "    template <typename Scalars>\n"
+        "    EVK_INLINE void update(const Scalars &k, Real &p, Real g, Real &m, Real &v) {\n"
+        f"{indented(2, body)}"
         f"{indented(2, results)}"
         "    }\n"
         "};\n"
