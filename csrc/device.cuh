@@ -165,20 +165,4 @@ EVK_INLINE int64_t offset_of(int64_t i, const int64_t *layouts, int64_t layout) 
     return offset;
 }
 
-/* Whether this block is the last of the launch to ask. It then sees what all others have written,
- * and they have read what they will. */
-EVK_INLINE bool is_last(uint32_t *ticket, int64_t blocks, bool &last) {
-    EVK_BARRIER();
-    EVK_EACH_THREAD(thread) {
-        if (thread == 0) {
-            __threadfence();
-            last = atomicAdd(ticket, 1u) == blocks - 1;
-            if (last) *ticket = 0; /* for the next launch */
-            __threadfence();
-        }
-    }
-    EVK_BARRIER();
-    return last;
-}
-
 #endif

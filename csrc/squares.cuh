@@ -3,7 +3,7 @@
 #ifndef EVK_SQUARES_CUH
 #define EVK_SQUARES_CUH
 
-#include "device.cuh"
+#include "launch.cuh"
 
 struct Sums {
     double of_thread[EVK_THREADS];
@@ -52,13 +52,11 @@ EVK_INLINE void add_up(Sums &sums) {
 
 EVK_INLINE void squares_block(const Words &words, Sums &sums, int64_t block, int64_t blocks) {
     const Header &header = words.header;
-    const Tensor *tensors = global<const Tensor>(header.tensors);
-    const Chunk *chunks = global<const Chunk>(header.chunks);
     /* volatile: other blocks write them too */
     volatile double *partial_sums = global<double>(header.partial_sums);
     for (int64_t c = block; c < header.chunk_count; c += blocks) {
-        const Chunk &chunk = chunks[c];
-        const Tensor &tensor = tensors[chunk.tensor];
+        const Chunk &chunk = chunk_of(words, c);
+        const Tensor &tensor = tensor_of(words, chunk.tensor);
         void *gradient = gradient_of(words, chunk.tensor);
         EVK_EACH_THREAD(thread) {
             double sum = 0;
@@ -72,7 +70,7 @@ EVK_INLINE void squares_block(const Words &words, Sums &sums, int64_t block, int
             if (thread == 0) partial_sums[c] = sums.of_thread[0];
         }
     }
-    if (!is_last(global<uint32_t>(header.ticket), blocks, sums.last)) return;
+    if (!is_last(words, blocks, sums.last)) return;
     EVK_EACH_THREAD(thread) {
         double sum = 0;
         for (int64_t c = thread; c < header.chunk_count; c += EVK_THREADS) sum += partial_sums[c];

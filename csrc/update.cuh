@@ -8,7 +8,7 @@
 #ifndef EVK_UPDATE_CUH
 #define EVK_UPDATE_CUH
 
-#include "device.cuh"
+#include "launch.cuh"
 
 /* The numbers of a rule in one step. Both widths: one thread converts each, not all threads all. */
 struct Numbers {
@@ -86,13 +86,17 @@ EVK_INLINE void compute_numbers(const Words &words, const Tensor &tensor, double
     EVK_BARRIER();
 }
 
-/* The random bits of eight elements, where anything is rounded by them. */
+/* The random bits of eight elements, and of one, where anything is rounded by them. */
 struct Draws {
     quad p, m, v;
 };
 
+struct Draw {
+    uint16_t p, m, v;
+};
+
 template <typename Kind>
-EVK_INLINE Draws draw(const Tensor &tensor, double t, uint64_t eighth) {
+EVK_INLINE Draws draw_eight(const Tensor &tensor, double t, uint64_t eighth) {
     evk_stream stream = {static_cast<uint64_t>(tensor.seed), EVK_OPERAND_P,
                          static_cast<uint32_t>(tensor.position),
                          static_cast<uint32_t>(static_cast<uint64_t>(t))};
@@ -105,20 +109,24 @@ EVK_INLINE Draws draw(const Tensor &tensor, double t, uint64_t eighth) {
     return draws;
 }
 
-/* One element as it is stored; the `i`th of its eight. */
+EVK_INLINE Draw one_of(const Draws &eight, int i) {
+    return {random_of(eight.p, i), random_of(eight.m, i), random_of(eight.v, i)};
+}
+
+/* One element as it is stored, with its random bits. */
 template <typename Kind, typename Scalars>
 EVK_INLINE void update_element(const Scalars &k, typename Kind::Parameter::Stored &p,
                                typename Kind::Parameter::Stored g, typename Kind::State::Stored &m,
-                               typename Kind::State::Stored &v, const Draws &draws, int i) {
+                               typename Kind::State::Stored &v, Draw draw) {
     using Parameter = typename Kind::Parameter;
     using State = typename Kind::State;
     typename Kind::Real wide_p = Parameter::load(p), wide_m = State::load(m),
                         wide_v = State::load(v);
     k.next_element();
     Kind::update(k, wide_p, Parameter::load(g), wide_m, wide_v);
-    p = Parameter::store(wide_p, random_of(draws.p, i));
-    m = State::store(wide_m, random_of(draws.m, i));
-    v = State::store(wide_v, random_of(draws.v, i));
+    p = Parameter::store(wide_p, draw.p);
+    m = State::store(wide_m, draw.m);
+    v = State::store(wide_v, draw.v);
 }
 
 /* This thread's share of a chunk. */
@@ -141,7 +149,7 @@ EVK_INLINE void update_chunk(const Words &words, const Tensor &tensor, void *gra
         for (int64_t i = chunk.first + thread * N; i < done; i += EVK_THREADS * N) {
             Vector<Stored> ps, gs, zeros = {};
             Vector<Moment> ms = {}, vs = {};
-            const Draws draws = draw<Kind>(tensor, t, i / 8);
+            const Draws draws = draw_eight<Kind>(tensor, t, i / 8);
 #pragma unroll
             for (int j = 0; j < N; ++j) {
                 if (j % gs.SIZE == 0) {
@@ -152,7 +160,7 @@ EVK_INLINE void update_chunk(const Words &words, const Tensor &tensor, void *gra
                 if (Kind::V && j % vs.SIZE == 0) load_vector(vs, v + i + j);
                 Stored one_p = get(ps, j);
                 Moment one_m = get(ms, j), one_v = get(vs, j);
-                update_element<Kind>(k, one_p, get(gs, j), one_m, one_v, draws, j);
+                update_element<Kind>(k, one_p, get(gs, j), one_m, one_v, one_of(draws, j));
                 set(ps, j, one_p);
                 set(ms, j, one_m);
                 set(vs, j, one_v);
@@ -173,7 +181,8 @@ EVK_INLINE void update_chunk(const Words &words, const Tensor &tensor, void *gra
         Moment none = 0, *one_m = &none, *one_v = &none;
         if constexpr (Kind::M) one_m = &m[offset_of(i, layouts, tensor.m_layout)];
         if constexpr (Kind::V) one_v = &v[offset_of(i, layouts, tensor.v_layout)];
-        update_element<Kind>(k, one_p, one_g, *one_m, *one_v, draw<Kind>(tensor, t, i / 8), i % 8);
+        const Draw draw = one_of(draw_eight<Kind>(tensor, t, i / 8), i % 8);
+        update_element<Kind>(k, one_p, one_g, *one_m, *one_v, draw);
         if (clear) one_g = 0;
     }
 }
@@ -190,15 +199,12 @@ EVK_INLINE void clear_chunk(const Words &words, const Tensor &tensor, void *grad
 
 EVK_INLINE void update_block(const Words &words, Numbers &numbers, int64_t block, int64_t blocks) {
     const Header &header = words.header;
-    const Tensor *tensors = global<const Tensor>(header.tensors);
-    const Chunk *chunks = global<const Chunk>(header.chunks);
-    double *counts = global<double>(header.counts);
     const bool forbidden = header.found_inf && *global<const float>(header.found_inf) != 0;
     int64_t known_group = -1; /* whose numbers are there, */
     double known_t = 0;       /* and of which step */
     for (int64_t c = block; c < header.chunk_count; c += blocks) {
-        const Chunk &chunk = chunks[c];
-        const Tensor &tensor = tensors[chunk.tensor];
+        const Chunk &chunk = chunk_of(words, c);
+        const Tensor &tensor = tensor_of(words, chunk.tensor);
         void *gradient = gradient_of(words, chunk.tensor);
         if (!gradient) continue;
         if (forbidden) {
@@ -208,7 +214,7 @@ EVK_INLINE void update_block(const Words &words, Numbers &numbers, int64_t block
             }
             continue;
         }
-        const double t = counts[chunk.tensor] + 1;
+        const double t = count_of(words, chunk.tensor) + 1;
         if (tensor.group != known_group || t != known_t) {
             compute_numbers(words, tensor, t, numbers);
             known_group = tensor.group;
@@ -219,9 +225,9 @@ EVK_INLINE void update_block(const Words &words, Numbers &numbers, int64_t block
                                                           numbers, thread))
         }
     }
-    if (is_last(global<uint32_t>(header.ticket), blocks, numbers.last) && !forbidden) EVK_EACH_THREAD(thread) {
+    if (is_last(words, blocks, numbers.last) && !forbidden) EVK_EACH_THREAD(thread) {
         for (int64_t i = thread; i < header.tensor_count; i += EVK_THREADS)
-            if (gradient_of(words, i)) counts[i] += 1;
+            if (gradient_of(words, i)) count_of(words, i) += 1;
     }
 }
 

@@ -98,14 +98,7 @@ def _records(words: int) -> str:
     )
     return (
         f"{layout}\n"
-        f"struct Words {{\n    Header header;\n    int64_t rest[{rest}];\n}};\n\n"
-        "EVK_INLINE const Group &group_of(const Words &words, int64_t i) {\n"
-        "    return reinterpret_cast<const Group *>(words.rest)[i];\n"
-        "}\n\n"
-        "EVK_INLINE void *gradient_of(const Words &words, int64_t i) {\n"
-        f"    const int64_t first = words.header.group_count * {len(GROUP)};\n"
-        "    return reinterpret_cast<void *>(words.rest[first + i]);\n"
-        "}\n"
+        f"struct Words {{\n    Header header;\n    int64_t rest[{rest}]; /* groups, then addresses of gradients */\n}};\n"
     )
 
 
