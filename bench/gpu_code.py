@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from commandline import exit_code
+from commandline import exit_code, markdown
 from machine_code import Traffic, occupancy, resources, streaming_loops
-from microbench import markdown
 
 from evokernels import Genome, Term
 from evokernels.compiler.lower import lower

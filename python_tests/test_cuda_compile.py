@@ -17,7 +17,6 @@ from evokernels.errors import BackendError
 from evokernels.kernels import cache, nvrtc
 from evokernels.kernels.cuda_source import cuda_source
 from evokernels.kernels.device import Kind
-from evokernels.kernels.plan import STATE_DTYPES
 
 pytestmark = pytest.mark.skipif(nvrtc.why_not() is not None, reason=str(nvrtc.why_not()))
 
@@ -82,11 +81,17 @@ def test_the_sum_of_squares_reads_each_element_once(parameter):
     assert occupancy(functions["evk_squares"].registers, 75, THREADS) >= 0.75
 
 
-def test_a_kernel_of_many_kinds_spills_no_more_than_one_of_few():
-    """A model of mixed dtypes and genomes runs on one kernel."""
-    kinds = [kind for kind in KINDS if is_chosen(kind) and kind.state != torch.bfloat16]
-    assert len({kind.structure for kind in kinds}) == 8
-    assert {kind.parameter for kind in kinds} == STATE_DTYPES.keys()
+@pytest.mark.parametrize("mixed", ["structure", "parameter"])
+def test_a_kernel_of_several_kinds(mixed):
+    """A model with two genomes, or in all dtypes, runs on one kernel."""
+    if mixed == "structure":
+        names = ("g_m_v", "g_m")
+        kinds = [k for k in KINDS if k.structure.name in names and k.parameter == k.state]
+        kinds = [kind for kind in kinds if kind.parameter == torch.float32]
+    else:
+        kinds = [k for k in KINDS if k.structure.name == "g_m_v" and not k.stochastic]
+        kinds = [kind for kind in kinds if kind.state == kind.arithmetic]
+    assert len(kinds) == {"structure": 2, "parameter": 4}[mixed]
     compiled = nvrtc.compiled(cuda_source(kinds, 4095), 75, nvrtc.VERBOSE)
     functions = resources(compiled.log)
     assert {"evk_update", "evk_squares"} <= functions.keys()
@@ -135,14 +140,19 @@ def fake_compiled(calls, source, architecture):
 
 PROCESS = """
 import sys
-from gpu_code import all_kinds
+import torch
+from evokernels.compiler.lower import lower
+from evokernels.compiler.structure import structure_of
 from evokernels.kernels import nvrtc
 from evokernels.kernels.cuda_source import cuda_source
+from evokernels.kernels.device import Kind
+from evokernels.zoo import adam
 if sys.argv[1] == "reads":
     def compiled(*_):
         raise AssertionError("compiled although it was there")
     nvrtc.compiled = compiled
-code = nvrtc.cubin(cuda_source([next(all_kinds())], 64), 75)
+kind = Kind(structure_of(lower(adam)), torch.float32, torch.float32, False)
+code = nvrtc.cubin(cuda_source([kind], 64), 75)
 sys.stdout.buffer.write(code)
 """
 
