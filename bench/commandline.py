@@ -1,4 +1,4 @@
-"""What the scripts beside this file share: common options, a progress bar, tables, errors as one line."""
+"""What the scripts beside this file share: options, a progress bar, tables, errors as one line."""
 
 from __future__ import annotations
 
