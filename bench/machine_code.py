@@ -6,6 +6,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 __all__ = ["Resources", "Traffic", "occupancy", "resources", "streaming_loops"]
 
@@ -55,12 +56,14 @@ class Traffic:
 
     Attributes:
         loaded, stored: on the way with the least and on the one with the most.
-        widths: of its accesses.
+        widths: of these accesses.
+        reread: loaded from addresses that are the same in every pass, and so come from the cache.
     """
 
     loaded: tuple[int, int]
     stored: tuple[int, int]
     widths: frozenset[int]
+    reread: int
 
 
 def streaming_loops(ptx: str, entry: str) -> list[Traffic]:
@@ -150,15 +153,17 @@ def _backward(blocks: list[_Block]) -> Iterator[tuple[int, int]]:
 
 
 def _traffic(blocks: list[_Block], head: int, body: frozenset[int]) -> Traffic:
-    """Of one pass through an innermost loop, in which every way but those back to the head ends."""
-    accesses = {i: list(_accesses(blocks[i])) for i in body}
+    """Of one pass through an innermost loop: from its head back to it."""
+    lines = [line for i in body for line in blocks[i].lines]
+    changing = {name for line in lines for name in _assigned(line)}
+    accesses = {i: list(_accesses(blocks[i], changing)) for i in body}
 
-    def moved(kind: str, choose: Callable[..., int]) -> int:
+    def moved(what: str, choose: Callable[..., int]) -> int:
         @functools.cache
         def rest(i: int) -> int | None:
             """From a block to the end of the pass; None if the loop is left."""
             own = [
-                size if always else choose(0, size) for k, size, always in accesses[i] if k == kind
+                choose(0, a.size) if a.condition else a.size for a in accesses[i] if a.what == what
             ]
             ends = [0 if n == head else rest(n) for n in blocks[i].next if n in body]
             ends = [end for end in ends if end is not None]
@@ -166,17 +171,39 @@ def _traffic(blocks: list[_Block], head: int, body: frozenset[int]) -> Traffic:
 
         return rest(head)
 
+    found = [access for of_block in accesses.values() for access in of_block]
     return Traffic(
-        *((moved(kind, min), moved(kind, max)) for kind in ("ld", "st")),
-        frozenset(size for block in accesses.values() for _, size, _ in block),
+        *((moved(what, min), moved(what, max)) for what in ("ld", "st")),
+        frozenset(access.size for access in found if access.what != "reread"),
+        moved("reread", max),
     )
 
 
-def _accesses(block: _Block) -> Iterator[tuple[str, int, bool]]:
-    """Of global memory: "ld" or "st", bytes, and whether without condition."""
+class _Access(NamedTuple):
+    """Of global memory: "ld", "st" or "reread", bytes, and whether only under some condition."""
+
+    what: str
+    size: int
+    condition: bool
+
+
+def _accesses(block: _Block, changing: set[str]) -> Iterator[_Access]:
+    """Those of a block; `changing` are the registers that its loop assigns."""
     for line in block.lines:
         found = _ACCESS.match(line)
         if found:
             vector = re.search(r"\.v(\d)", found[3])
             bits = re.search(r"\.[a-z]+(\d+)$", found[3])
-            yield found[2], int(bits[1]) // 8 * int(vector[1] if vector else 1), not found[1]
+            fixed = (
+                found[2] == "ld" and re.search(r"\[(\S+?)(?:\+-?\d+)?\]", line)[1] not in changing
+            )
+            size = int(bits[1]) // 8 * int(vector[1] if vector else 1)
+            yield _Access("reread" if fixed else found[2], size, bool(found[1]))
+
+
+def _assigned(line: str) -> list[str]:
+    """The registers that an instruction writes: its first operand, or all in its first braces."""
+    found = re.match(r"(?:@!?%p\d+\s+)?([\w.]+)\s+(\{[^}]*\}|[^,;]+)", line)
+    if found is None or found[1].startswith(("st.", "bra", "bar", "red.")):
+        return []
+    return re.findall(r"%\w+", found[2])
