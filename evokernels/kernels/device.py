@@ -41,6 +41,9 @@ __all__ = ["DeviceBackend", "DeviceKernel", "DevicePlan", "Kind", "Scaling"]
 # The vector accesses of the kernels.
 ALIGNMENT = 16
 
+# In place of the address of a gradient of no elements, which may be 0: it is there, and counts.
+_NO_ELEMENTS = ALIGNMENT
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -231,7 +234,8 @@ class DevicePlan:
         keys = [None if g is None else layout_key(g) for g in gradients]
         if keys != self._gradient_keys:
             self._adapt(gradients, keys)
-        self._addresses = [address or 0 for address in addresses_of(gradients)]
+        addresses = addresses_of(gradients)
+        self._addresses = [0 if a is None else a or _NO_ELEMENTS for a in addresses]
         for launch in self.launches:
             launch.gradients[:] = self._addresses[launch.first : launch.end]
 
