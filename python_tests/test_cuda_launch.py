@@ -313,6 +313,13 @@ def test_nothing_is_against_a_t4(backend):
     assert why_not(backend) is None
 
 
+def test_code_of_a_later_minor_version_runs_on_an_older_driver(backend, api, monkeypatch):
+    """CUDA's minor version compatibility holds for machine code."""
+    api.number = 12040
+    monkeypatch.setattr(nvrtc, "version", lambda: (12, 8))
+    assert why_not(backend) is None
+
+
 def no_bindings():
     raise ImportError("No module named 'cuda'")
 
