@@ -160,8 +160,12 @@ EVK_INLINE int64_t offset_of(int64_t i, const int64_t *layouts, int64_t layout) 
     if (layout == EVK_DENSE) return i;
     const int64_t *rows = layouts + layout + 1;
     int64_t offset = 0;
-    for (int64_t d = layouts[layout]; d-- > 0; i /= rows[2 * d])
-        offset += i % rows[2 * d] * rows[2 * d + 1];
+    EVK_ROLLED
+    for (int64_t d = layouts[layout]; d-- > 0;) {
+        const int64_t size = rows[2 * d], stride = rows[2 * d + 1], outer = i / size;
+        offset += (i - outer * size) * stride; /* one division: they are slow */
+        i = outer;
+    }
     return offset;
 }
 
