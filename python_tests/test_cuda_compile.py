@@ -23,13 +23,7 @@ pytestmark = pytest.mark.skipif(nvrtc.why_not() is not None, reason=str(nvrtc.wh
 KINDS = list(all_kinds())
 
 
-def is_chosen(kind):
-    """What the other architectures compile: every structure, and the richest in all dtypes."""
-    return kind.parameter == kind.state == torch.float32 or kind.structure.name == "g_m_v_abs"
-
-
-CASES = [(kind, 75) for kind in KINDS]
-CASES += [(kind, sm) for sm in (80, 90) for kind in KINDS if is_chosen(kind)]
+CASES = [(kind, architecture) for architecture in (75, 80, 90) for kind in KINDS]
 
 
 def case_name(case):
