@@ -1,10 +1,10 @@
 /* What the kernels of a GPU are made of, whatever the rule: threads, memory, elements.
  *
- * Kernels are written in phases. EVK_EACH_THREAD (thread) { … } is the work of one thread, EVK_BARRIER()
- * lets every thread of the block see what the others have written to shared memory. Whatever stands
- * outside of a phase is the same for the whole block, and what one phase leaves for the next is in
- * shared memory. So blocks and threads can also be loops, and the same source runs on a host, where
- * these macros, `global`, `volatile_load` and `Kernel`'s atomics are defined by whoever compiles it.
+ * Kernels are written in phases. EVK_EACH_THREAD (thread) { … } is the work of one thread, and
+ * EVK_BARRIER() lets all threads of the block see what the others have written to shared memory.
+ * Whatever stands outside of a phase is the same for the whole block, and what one phase leaves for
+ * the next is in shared memory. So blocks and threads can also be loops, and the same source runs
+ * on a host, where whoever compiles it says what the names below mean.
  */
 #ifndef EVK_DEVICE_CUH
 #define EVK_DEVICE_CUH
@@ -35,6 +35,9 @@ EVK_INLINE T *global(void *address) {
     __builtin_assume(__isGlobal(address));
     return static_cast<T *>(address);
 }
+
+/* Of the C library, what the operations are spelled with and NVRTC lacks. */
+EVK_INLINE double copysign(int x, double y) { return copysign(static_cast<double>(x), y); }
 
 template <typename X, typename Y>
 EVK_INLINE bool islessgreater(X x, Y y) {

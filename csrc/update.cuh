@@ -56,13 +56,13 @@ struct Choice<false, Yes, No> {
     using Type = No;
 };
 
-/* What vectors are updated with. Registers would not hold doubles, nor floats beside random bits. */
+/* What vectors are updated with: registers do not hold doubles, nor floats beside random bits. */
 template <typename Kind>
-using ForVectors = typename Choice<
-    sizeof(typename Kind::Real) == 8 || Kind::Parameter::ROUNDS_RANDOMLY ||
-        Kind::State::ROUNDS_RANDOMLY,
-    InShared<typename Kind::Real>,
-    InRegisters<typename Kind::Real, Kind::Structure::SCALARS>>::Type;
+using ForVectors =
+    typename Choice<sizeof(typename Kind::Real) == sizeof(double) ||
+                        Kind::Parameter::ROUNDS_RANDOMLY || Kind::State::ROUNDS_RANDOMLY,
+                    InShared<typename Kind::Real>,
+                    InRegisters<typename Kind::Real, Kind::Structure::SCALARS>>::Type;
 
 /* A number for each thread, neighbours in different warps: threads of one warp that compute
  * different things wait for each other. */
@@ -83,7 +83,8 @@ EVK_APART Step step_of(const Header &header, const Group &group, double t) {
     return step;
 }
 
-/* Compute the numbers of a tensor's group in its step. */
+/* Compute the numbers of a tensor's group in its step. Behind the first barrier all threads are
+ * done with those that were there before, and have seen that these are others. */
 EVK_INLINE void compute_numbers(const Words &words, const Tensor &tensor, double t,
                                 Numbers &numbers) {
     const Group &group = group_of(words, tensor.group);
@@ -96,13 +97,13 @@ EVK_INLINE void compute_numbers(const Words &words, const Tensor &tensor, double
         EVK_WITH_KIND(tensor.kind, if (i < Kind::Structure::PRODUCTS) numbers.products[i] =
                                        Kind::Structure::product(i, group, numbers.step);)
     }
-    EVK_BARRIER(); /* behind it all threads are done with the numbers that were there before, too */
+    EVK_BARRIER();
     const double *weights = global<const double>(words.header.weights) + tensor.weights;
     EVK_EACH_THREAD(thread) {
         const int i = number_of(thread);
         EVK_WITH_KIND(tensor.kind, if (i < Kind::Structure::SCALARS) numbers.wide[i] =
                                        Kind::Structure::scalar(i, weights, numbers.products);)
-        if (thread == 0) { /* behind a barrier: every thread has seen that they were others */
+        if (thread == 0) {
             numbers.group = tensor.group;
             numbers.t = t;
         }
