@@ -67,10 +67,18 @@ class Traffic:
 
 
 def streaming_loops(ptx: str, entry: str) -> list[Traffic]:
-    """The innermost loops of a kernel that access 16 bytes at a time."""
+    """The loops of a kernel that access 16 bytes at a time.
+
+    Loops inside them may compute, but not access global memory: how often they would is not known.
+    """
     blocks = _blocks(_body(ptx, entry))
-    traffic = [_traffic(blocks, *loop) for loop in _innermost_loops(blocks)]
-    return [loop for loop in traffic if max(loop.widths, default=0) == 16]
+    loops = _loops(blocks)
+    found = []
+    for head, body in loops.items():
+        inside = frozenset().union(*(loops[other] for other in loops.keys() & body - {head}))
+        if not any(_ACCESS.match(line) for i in inside for line in blocks[i].lines):
+            found.append(_traffic(blocks, head, body))
+    return [loop for loop in found if max(loop.widths, default=0) == 16]
 
 
 _ACCESS = re.compile(r"(@!?%p\d+\s+)?(ld|st)(?:\.volatile|\.relaxed|\.gpu)*\.global(\S*)\s")
@@ -115,8 +123,8 @@ def _blocks(lines: list[str]) -> list[_Block]:
     return blocks
 
 
-def _innermost_loops(blocks: list[_Block]) -> list[tuple[int, frozenset[int]]]:
-    """Head and blocks of each loop that has no other one in it."""
+def _loops(blocks: list[_Block]) -> dict[int, frozenset[int]]:
+    """All blocks of each loop, by its head."""
     before: dict[int, list[int]] = {}
     for i, block in enumerate(blocks):
         for after in block.next:
@@ -129,8 +137,7 @@ def _innermost_loops(blocks: list[_Block]) -> list[tuple[int, frozenset[int]]]:
             if i not in body:
                 body.add(i)
                 waiting += before[i]
-    loops = {head: frozenset(body) for head, body in bodies.items()}
-    return [(head, body) for head, body in loops.items() if not (loops.keys() & body) - {head}]
+    return {head: frozenset(body) for head, body in bodies.items()}
 
 
 def _backward(blocks: list[_Block]) -> Iterator[tuple[int, int]]:
@@ -153,7 +160,8 @@ def _backward(blocks: list[_Block]) -> Iterator[tuple[int, int]]:
 
 
 def _traffic(blocks: list[_Block], head: int, body: frozenset[int]) -> Traffic:
-    """Of one pass through an innermost loop: from its head back to it."""
+    """Of one pass through a loop: from its head back to it, through loops inside it once."""
+    again = set(_backward(blocks))
     lines = [line for i in body for line in blocks[i].lines]
     changing = {name for line in lines for name in _assigned(line)}
     accesses = {i: list(_accesses(blocks[i], changing)) for i in body}
@@ -165,7 +173,8 @@ def _traffic(blocks: list[_Block], head: int, body: frozenset[int]) -> Traffic:
             own = [
                 choose(0, a.size) if a.condition else a.size for a in accesses[i] if a.what == what
             ]
-            ends = [0 if n == head else rest(n) for n in blocks[i].next if n in body]
+            after = [n for n in blocks[i].next if n == head or (n in body and (i, n) not in again)]
+            ends = [0 if n == head else rest(n) for n in after]
             ends = [end for end in ends if end is not None]
             return sum(own) + choose(ends) if ends else None
 

@@ -1,10 +1,10 @@
 /* What the kernels of a GPU are made of, whatever the rule: threads, memory, elements.
  *
- * Kernels are written in phases. EVK_EACH_THREAD (thread) { … } is the work of one thread, EVK_BARRIER()
- * lets every thread of the block see what the others have written to shared memory. Whatever stands
- * outside of a phase is the same for the whole block, and what one phase leaves for the next is in
- * shared memory. So blocks and threads can also be loops, and the same source runs on a host, where
- * these macros, `global`, `volatile_load` and `Kernel`'s atomics are defined by whoever compiles it.
+ * Kernels are written in phases. EVK_EACH_THREAD (thread) { … } is the work of one thread, and
+ * EVK_BARRIER() lets all threads of the block see what the others have written to shared memory.
+ * Whatever stands outside of a phase is the same for the whole block, and what one phase leaves for
+ * the next is in shared memory. So blocks and threads can also be loops, and the same source runs
+ * on a host, where whoever compiles it says what the names below mean.
  */
 #ifndef EVK_DEVICE_CUH
 #define EVK_DEVICE_CUH
@@ -35,6 +35,9 @@ EVK_INLINE T *global(void *address) {
     __builtin_assume(__isGlobal(address));
     return static_cast<T *>(address);
 }
+
+/* Of the C library, what the operations are spelled with and NVRTC lacks. */
+EVK_INLINE double copysign(int x, double y) { return copysign(static_cast<double>(x), y); }
 
 template <typename X, typename Y>
 EVK_INLINE bool islessgreater(X x, Y y) {
@@ -160,8 +163,12 @@ EVK_INLINE int64_t offset_of(int64_t i, const int64_t *layouts, int64_t layout) 
     if (layout == EVK_DENSE) return i;
     const int64_t *rows = layouts + layout + 1;
     int64_t offset = 0;
-    for (int64_t d = layouts[layout]; d-- > 0; i /= rows[2 * d])
-        offset += i % rows[2 * d] * rows[2 * d + 1];
+    EVK_ROLLED
+    for (int64_t d = layouts[layout]; d-- > 0;) {
+        const int64_t size = rows[2 * d], stride = rows[2 * d + 1], outer = i / size;
+        offset += (i - outer * size) * stride; /* one division: they are slow */
+        i = outer;
+    }
     return offset;
 }
 

@@ -11,6 +11,7 @@ typedef struct {
 
 EVK_INLINE quad philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0,
                        uint32_t k1) {
+    EVK_ROLLED
     for (int round = 0; round < 10; ++round) {
         const uint64_t a = (uint64_t)c0 * 0xD2511F53u, b = (uint64_t)c2 * 0xCD9E8D57u;
         c0 = (uint32_t)(b >> 32) ^ c1 ^ k0;

@@ -10,6 +10,8 @@ typedef unsigned long long uint64_t;
 typedef long long int64_t;
 #define EVK_INLINE static __device__ __forceinline__
 #define EVK_MEMBER __device__ __forceinline__
+/* Before a loop: registers are scarcer than instructions. */
+#define EVK_ROLLED _Pragma("unroll 1")
 
 #else
 
@@ -18,6 +20,7 @@ typedef long long int64_t;
 #include <string.h>
 #define EVK_INLINE static inline
 #define EVK_MEMBER inline
+#define EVK_ROLLED
 
 #endif
 

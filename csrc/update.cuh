@@ -12,6 +12,8 @@
 
 /* The numbers of a rule in one step. Both widths: one thread converts each, not all threads all. */
 struct Numbers {
+    int64_t group; /* whose they are, none at first, */
+    double t;      /* and in which step */
     Step step;
     double products[EVK_PRODUCTS];
     double wide[EVK_SCALARS];
@@ -19,29 +21,48 @@ struct Numbers {
     bool last; /* whether this block is the last one at work */
 };
 
-/* The scalars of a program as it reads them. Floats stay in registers for a whole chunk; doubles
- * would take too many, and are read for each element. */
-template <typename Real, int COUNT>
-struct Scalars;
+EVK_INLINE const float *scalars_of(const Numbers &numbers, float) { return numbers.narrow; }
+EVK_INLINE const double *scalars_of(const Numbers &numbers, double) { return numbers.wide; }
 
-template <int COUNT>
-struct Scalars<float, COUNT> {
-    float values[COUNT];
-    EVK_MEMBER Scalars(const Numbers &numbers) {
+/* The scalars of a program as an element's update reads them: from shared memory, again for each
+ * element, or else the compiler would keep them in registers; */
+template <typename Real>
+struct InShared {
+    const Real *values;
+    EVK_MEMBER InShared(const Numbers &numbers) : values(scalars_of(numbers, Real())) {}
+    EVK_MEMBER Real operator[](int i) const { return values[i]; }
+    EVK_MEMBER void next_element() const { EVK_FORGET(); }
+};
+
+/* or from registers, for as long as this lives. */
+template <typename Real, int COUNT>
+struct InRegisters {
+    Real values[COUNT];
+    EVK_MEMBER InRegisters(const Numbers &numbers) {
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) values[i] = numbers.narrow[i];
+        for (int i = 0; i < COUNT; ++i) values[i] = scalars_of(numbers, Real())[i];
     }
-    EVK_MEMBER float operator[](int i) const { return values[i]; }
+    EVK_MEMBER Real operator[](int i) const { return values[i]; }
     EVK_MEMBER void next_element() const {}
 };
 
-template <int COUNT>
-struct Scalars<double, COUNT> {
-    const double *values;
-    EVK_MEMBER Scalars(const Numbers &numbers) : values(numbers.wide) {}
-    EVK_MEMBER double operator[](int i) const { return values[i]; }
-    EVK_MEMBER void next_element() const { EVK_FORGET(); }
+template <bool CONDITION, typename Yes, typename No>
+struct Choice {
+    using Type = Yes;
 };
+
+template <typename Yes, typename No>
+struct Choice<false, Yes, No> {
+    using Type = No;
+};
+
+/* What vectors are updated with: registers do not hold doubles, nor floats beside random bits. */
+template <typename Kind>
+using ForVectors =
+    typename Choice<sizeof(typename Kind::Real) == sizeof(double) ||
+                        Kind::Parameter::ROUNDS_RANDOMLY || Kind::State::ROUNDS_RANDOMLY,
+                    InShared<typename Kind::Real>,
+                    InRegisters<typename Kind::Real, Kind::Structure::SCALARS>>::Type;
 
 /* A number for each thread, neighbours in different warps: threads of one warp that compute
  * different things wait for each other. */
@@ -49,7 +70,7 @@ EVK_INLINE int number_of(int thread) {
     return thread % EVK_WARP * (EVK_THREADS / EVK_WARP) + thread / EVK_WARP;
 }
 
-EVK_INLINE Step step_of(const Header &header, const Group &group, double t) {
+EVK_APART Step step_of(const Header &header, const Group &group, double t) {
     Step step;
     step.t = t;
     step.base_lr = group.base_lr;
@@ -62,7 +83,8 @@ EVK_INLINE Step step_of(const Header &header, const Group &group, double t) {
     return step;
 }
 
-/* Compute the numbers of a tensor's group in its step. */
+/* Compute the numbers of a tensor's group in its step. Behind the first barrier all threads are
+ * done with those that were there before, and have seen that these are others. */
 EVK_INLINE void compute_numbers(const Words &words, const Tensor &tensor, double t,
                                 Numbers &numbers) {
     const Group &group = group_of(words, tensor.group);
@@ -75,12 +97,16 @@ EVK_INLINE void compute_numbers(const Words &words, const Tensor &tensor, double
         EVK_WITH_KIND(tensor.kind, if (i < Kind::Structure::PRODUCTS) numbers.products[i] =
                                        Kind::Structure::product(i, group, numbers.step);)
     }
-    EVK_BARRIER(); /* behind it all threads are done with the numbers that were there before, too */
+    EVK_BARRIER();
     const double *weights = global<const double>(words.header.weights) + tensor.weights;
     EVK_EACH_THREAD(thread) {
         const int i = number_of(thread);
         EVK_WITH_KIND(tensor.kind, if (i < Kind::Structure::SCALARS) numbers.wide[i] =
                                        Kind::Structure::scalar(i, weights, numbers.products);)
+        if (thread == 0) {
+            numbers.group = tensor.group;
+            numbers.t = t;
+        }
         if (i < EVK_SCALARS) numbers.narrow[i] = static_cast<float>(numbers.wide[i]);
     }
     EVK_BARRIER();
@@ -96,10 +122,9 @@ struct Draw {
 };
 
 template <typename Kind>
-EVK_INLINE Draws draw_eight(const Tensor &tensor, double t, uint64_t eighth) {
+EVK_INLINE Draws draw_eight(const Tensor &tensor, uint32_t t, uint64_t eighth) {
     evk_stream stream = {static_cast<uint64_t>(tensor.seed), EVK_OPERAND_P,
-                         static_cast<uint32_t>(tensor.position),
-                         static_cast<uint32_t>(static_cast<uint64_t>(t))};
+                         static_cast<uint32_t>(tensor.position), t};
     Draws draws = {};
     if constexpr (Kind::Parameter::ROUNDS_RANDOMLY) draws.p = random_eight(&stream, eighth);
     stream.operand = EVK_OPERAND_M;
@@ -132,7 +157,8 @@ EVK_INLINE void update_element(const Scalars &k, typename Kind::Parameter::Store
 /* This thread's share of a chunk. */
 template <typename Kind>
 EVK_INLINE void update_chunk(const Words &words, const Tensor &tensor, void *gradient,
-                             const Chunk &chunk, double t, const Numbers &numbers, int thread) {
+                             const Chunk &chunk, uint32_t t, const Numbers &numbers, int thread) {
+    using Real = typename Kind::Real;
     using Stored = typename Kind::Parameter::Stored;
     using Moment = typename Kind::State::Stored;
     constexpr int N = Kind::WIDTH;
@@ -140,18 +166,19 @@ EVK_INLINE void update_chunk(const Words &words, const Tensor &tensor, void *gra
     Stored *p = global<Stored>(tensor.p), *g = global<Stored>(gradient);
     Moment *m = global<Moment>(tensor.m), *v = global<Moment>(tensor.v);
     const int64_t *layouts = global<const int64_t>(words.header.layouts);
-    const Scalars<typename Kind::Real, Kind::Structure::SCALARS> k(numbers);
-
     int64_t done = chunk.first;
     if (tensor.aligned && tensor.g_layout == EVK_DENSE && fits_vectors(gradient)) {
         done += (chunk.end - chunk.first) / N * N;
-#pragma unroll 1
+        const ForVectors<Kind> k(numbers);
+        EVK_ROLLED
         for (int64_t i = chunk.first + thread * N; i < done; i += EVK_THREADS * N) {
             Vector<Stored> ps, gs, zeros = {};
             Vector<Moment> ms = {}, vs = {};
-            const Draws draws = draw_eight<Kind>(tensor, t, i / 8);
+            Draws draws = draw_eight<Kind>(tensor, t, i / 8);
 #pragma unroll
             for (int j = 0; j < N; ++j) {
+                /* doubles leave no room for the bits of eight: drawn again for each */
+                if (sizeof(Real) == sizeof(double)) draws = draw_eight<Kind>(tensor, t, i / 8);
                 if (j % gs.SIZE == 0) {
                     load_vector(ps, p + i + j);
                     load_vector(gs, g + i + j);
@@ -174,14 +201,15 @@ EVK_INLINE void update_chunk(const Words &words, const Tensor &tensor, void *gra
         }
     }
     /* whatever is left, or does not lie like that: one by one */
-#pragma unroll 1
+    const InShared<Real> k(numbers);
+    EVK_ROLLED
     for (int64_t i = done + thread; i < chunk.end; i += EVK_THREADS) {
+        const Draw draw = one_of(draw_eight<Kind>(tensor, t, i / 8), i % 8);
         Stored &one_p = p[offset_of(i, layouts, tensor.p_layout)];
         Stored &one_g = g[offset_of(i, layouts, tensor.g_layout)];
         Moment none = 0, *one_m = &none, *one_v = &none;
         if constexpr (Kind::M) one_m = &m[offset_of(i, layouts, tensor.m_layout)];
         if constexpr (Kind::V) one_v = &v[offset_of(i, layouts, tensor.v_layout)];
-        const Draw draw = one_of(draw_eight<Kind>(tensor, t, i / 8), i % 8);
         update_element<Kind>(k, one_p, one_g, *one_m, *one_v, draw);
         if (clear) one_g = 0;
     }
@@ -200,8 +228,10 @@ EVK_INLINE void clear_chunk(const Words &words, const Tensor &tensor, void *grad
 EVK_INLINE void update_block(const Words &words, Numbers &numbers, int64_t block, int64_t blocks) {
     const Header &header = words.header;
     const bool forbidden = header.found_inf && *global<const float>(header.found_inf) != 0;
-    int64_t known_group = -1; /* whose numbers are there, */
-    double known_t = 0;       /* and of which step */
+    EVK_EACH_THREAD(thread) {
+        if (thread == 0) numbers.group = -1;
+    }
+    EVK_BARRIER();
     for (int64_t c = block; c < header.chunk_count; c += blocks) {
         const Chunk &chunk = chunk_of(words, c);
         const Tensor &tensor = tensor_of(words, chunk.tensor);
@@ -215,13 +245,11 @@ EVK_INLINE void update_block(const Words &words, Numbers &numbers, int64_t block
             continue;
         }
         const double t = count_of(words, chunk.tensor) + 1;
-        if (tensor.group != known_group || t != known_t) {
+        if (tensor.group != numbers.group || t != numbers.t)
             compute_numbers(words, tensor, t, numbers);
-            known_group = tensor.group;
-            known_t = t;
-        }
         EVK_EACH_THREAD(thread) {
-            EVK_WITH_KIND(tensor.kind, update_chunk<Kind>(words, tensor, gradient, chunk, t,
+            const uint32_t wrapped = static_cast<uint64_t>(t);
+            EVK_WITH_KIND(tensor.kind, update_chunk<Kind>(words, tensor, gradient, chunk, wrapped,
                                                           numbers, thread))
         }
     }

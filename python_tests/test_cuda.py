@@ -276,20 +276,21 @@ def stepped(guarded, gradients_of=lambda gs: gs, **scaling):
     return steps
 
 
-def test_tensors_without_a_gradient_are_left_alone_and_not_counted(guarded):
-    tensors, gradients = some(guarded)
-    alone = [some(guarded) for _ in tensors]
-    steps = Steps(CudaOnHost(), tensors, [BOTH] * 3)
+@pytest.mark.parametrize("resident", [1, 7])
+def test_tensors_without_a_gradient_are_left_alone_and_not_counted(resident, guarded):
+    """One block then has tensors of one group and several steps after one another."""
+    tensors, gradients = some(guarded, zoo.adamw)
+    alone, _ = some(guarded, zoo.adamw)
+    steps = Steps(CudaOnHost(resident=resident), tensors, [zoo.adamw] * 3)
     there = [(1, 0, 1), (0, 0, 1), (1, 1, 0), (0, 0, 0), (1, 1, 1)]
     for row in there:
         steps.run([g if here else None for g, here in zip(gradients, row, strict=True)])
-    assert steps.counts.tolist() == [sum(column) for column in zip(*there, strict=True)]
-    for i, count in enumerate(steps.counts.int().tolist()):
-        expected, g = alone[i][0][i], alone[i][1][i]
-        by_itself = Steps(CudaOnHost(), [expected], [BOTH])
+    assert steps.counts.tolist() == [3, 2, 3]
+    for tensor, expected, g, count in zip(tensors, alone, gradients, (3, 2, 3), strict=True):
+        by_itself = Steps(CudaOnHost(), [expected], [zoo.adamw])
         for _ in range(count):
             by_itself.run([g])
-        assert_same_bits(everything(tensors[i]), everything(expected))
+        assert_same_bits(everything(tensor), everything(expected))
 
 
 @pytest.mark.parametrize("clear", [False, True])

@@ -13,8 +13,10 @@ import types
 import numpy as np
 import pytest
 import torch
+from cuda_on_host import CudaOnHost, _built
+from device_steps import Guarded, Steps
 
-from evokernels import Genome, Term
+from evokernels import zoo
 from evokernels.compiler.lower import lower
 from evokernels.compiler.structure import structure_of
 from evokernels.errors import BackendError
@@ -25,7 +27,7 @@ from evokernels.kernels.driver import Driver
 
 pytestmark = pytest.mark.skipif(nvrtc.why_not() is not None, reason=str(nvrtc.why_not()))
 
-RULE = lower(Genome(term_types=[Term.ADAM_TERM], alphas=[1.0]))
+RULE = lower(zoo.adamw)
 KINDS = (Kind(structure_of(RULE), torch.float32, torch.float32, False),)
 CONTEXT, MODULE = "context of device {}", "module"
 
@@ -302,7 +304,76 @@ def test_a_forked_process_is_told(backend, api):
     kernel.update(np.zeros(4, np.int64), 1)
 
 
-# --- why not ------------------------------------------------------------------------------------
+# whole steps: what the driver is asked to launch runs on the host
+
+
+@pytest.fixture
+def on_host(backend, api, monkeypatch):
+    """The backend, on a driver that runs the same source compiled for the host."""
+    built = []
+
+    def compiled(source, architecture):
+        assert architecture == 75
+        built.append(_built(source))
+        return b"\x7fELF"
+
+    def launch(*arguments):
+        function, blocks, stream, parameters = (arguments[i] for i in (0, 1, 8, 9))
+        assert stream == 0xA1
+        (library,) = built
+        pointers = ctypes.cast(parameters, ctypes.POINTER(ctypes.c_void_p))
+        getattr(library, function)(ctypes.c_void_p(pointers[0]), ctypes.c_int64(blocks))
+
+    monkeypatch.setattr(nvrtc, "cubin", compiled)
+    api.cuLaunchKernel = launch
+    return backend
+
+
+def steps_of(backend, counts):
+    """Three steps of tensors of these sizes, and the sum of the squares of the last gradients."""
+    random = torch.Generator().manual_seed(0)
+    memory = Guarded()
+    tensors = [
+        memory.bound(zoo.adamw, torch.randn(count, generator=random), torch.float32)
+        for count in counts
+    ]
+    steps = Steps(backend, tensors, [zoo.adamw] * len(counts))
+    for _ in range(3):
+        gradients = [torch.randn(count, generator=random) for count in counts]
+        steps.run(gradients)
+    memory.check()
+    assert (steps.counts == 3).all()
+    return [*steps.results, steps.plan.sum_of_squares(gradients)], len(steps.plan.launches)
+
+
+@pytest.mark.parametrize(
+    ("counts", "version", "launches"),
+    [
+        ([1000, 3, 4097], 13000, 1),
+        ([7] * 500, 13000, 1),
+        ([7] * 500, 12000, 2),  # parameters of 4 KB: the addresses of 483 gradients
+    ],
+)
+def test_whole_steps(on_host, api, counts, version, launches):
+    api.number = version
+    expected, _ = steps_of(CudaOnHost(resident=120), counts)
+    actual, taken = steps_of(on_host, counts)
+    assert taken == launches
+    assert api.names().count("cuLaunchKernel") == 4 * launches
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_plans_of_one_kernel_do_not_disturb_each_other(on_host, api):
+    """A shorter block of words leaves those of a longer one behind itself."""
+    sizes = ([5] * 20, [6])
+    expected = [steps_of(CudaOnHost(resident=120), counts)[0] for counts in sizes]
+    actual = [steps_of(on_host, counts)[0] for counts in sizes]
+    assert api.names().count("cuModuleLoadData") == 1
+    for a, b in zip(actual, expected, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# why not
 
 
 def why_not(backend, device="cuda:0"):
@@ -310,6 +381,13 @@ def why_not(backend, device="cuda:0"):
 
 
 def test_nothing_is_against_a_t4(backend):
+    assert why_not(backend) is None
+
+
+def test_code_of_a_later_minor_version_runs_on_an_older_driver(backend, api, monkeypatch):
+    """CUDA's minor version compatibility holds for machine code."""
+    api.number = 12040
+    monkeypatch.setattr(nvrtc, "version", lambda: (12, 8))
     assert why_not(backend) is None
 
 
@@ -389,7 +467,7 @@ def test_a_later_device_of_a_generation_runs_the_code_of_an_earlier_one(monkeypa
     assert nvrtc.architecture_for((8, 9)) == 86
 
 
-# --- cuda-bindings themselves, on a driver that is none ------------------------------------------
+# cuda-bindings themselves, on a driver that is none
 
 LAUNCH = """
 import numpy as np

@@ -81,9 +81,21 @@ def test_what_a_loop_moves(extra, expected):
     assert streaming_loops(PTX.replace("EXTRA", extra), "evk_update") == [expected]
 
 
-def test_a_loop_with_another_one_in_it_is_none_itself():
-    inner = "$L__BB1_2:\n\tadd.s64 %rd7, %rd7, 1;\n\t@%p7 bra $L__BB1_2;"
-    assert streaming_loops(PTX.replace("EXTRA", inner), "evk_update") == []
+INNER = "$L__BB1_2:\n\tadd.s64 %rd7, %rd7, 1;\nEXTRA\n\t@%p7 bra $L__BB1_2;"
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ("", [loop()]),
+        # nobody knows how often
+        ("ld.global.f32 %f9, [%rd7];", []),
+        ("ld.global.v4.f32 {%f1, %f2, %f3, %f4}, [%rd7];", [loop((16, 16), (0, 0))]),
+    ],
+)
+def test_a_loop_with_another_one_in_it(extra, expected):
+    inner = INNER.replace("EXTRA", extra)
+    assert streaming_loops(PTX.replace("EXTRA", inner), "evk_update") == expected
 
 
 def test_an_indirect_branch_is_not_guessed():
