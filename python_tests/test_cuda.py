@@ -405,6 +405,17 @@ def test_sum_of_squares(dtype, most_words, guarded):
         assert str(steps.plan.sum_of_squares(gradients).item()) == str(abs(bad))
 
 
+def test_sum_of_squares_of_more_chunks_than_threads(guarded):
+    n = 300_001
+    sizes = [n, 3, n]
+    tensors = [bound(SIGN, torch.zeros(size)) for size in sizes]
+    plan = Steps(CudaOnHost(resident=500), tensors, [SIGN] * 3).plan
+    assert len(plan.launches[0].chunks) > 2 * 256
+    assert plan.sum_of_squares([torch.tensor([3.0]).expand(size) for size in sizes]) == 9 * sum(
+        sizes
+    )
+
+
 # launches
 
 
