@@ -297,6 +297,7 @@ def test_tensors_without_a_gradient_are_left_alone_and_not_counted(resident, gua
 @pytest.mark.parametrize("shift", [0, 1])
 def test_a_forbidden_step_does_nothing_but_clear(clear, shift, guarded):
     tensors, gradients = some(guarded, shift=shift)
+    gradients[1] = guarded.copy(torch.stack([gradients[1]] * 2, 1)[:, 1])  # every other element
     steps = Steps(CudaOnHost(), tensors, [BOTH] * 3)
     before, values = bits(steps.results), bits(gradients)
     steps.run([*gradients[:2], None], found_inf=torch.tensor([1.0]), clear=clear)
