@@ -6,32 +6,30 @@
 #ifndef EVK_NUMERIC_H
 #define EVK_NUMERIC_H
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "portable.h"
 
-static inline uint32_t bits_of(float x) {
+EVK_INLINE uint32_t bits_of(float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
     return bits;
 }
 
-static inline float float_of(uint32_t bits) {
+EVK_INLINE float float_of(uint32_t bits) {
     float x;
     memcpy(&x, &bits, sizeof x);
     return x;
 }
 
-static inline float load_float32(float x) { return x; }
-static inline float store_float32(float x) { return x; }
+EVK_INLINE float load_float32(float x) { return x; }
+EVK_INLINE float store_float32(float x) { return x; }
 
-static inline double load_float64(double x) { return x; }
-static inline double store_float64(double x) { return x; }
+EVK_INLINE double load_float64(double x) { return x; }
+EVK_INLINE double store_float64(double x) { return x; }
 
 /* bfloat16 is the upper half of a float. */
-static inline float load_bfloat16(uint16_t x) { return float_of((uint32_t)x << 16); }
+EVK_INLINE float load_bfloat16(uint16_t x) { return float_of((uint32_t)x << 16); }
 
-static inline uint16_t store_bfloat16(float x) {
+EVK_INLINE uint16_t store_bfloat16(float x) {
     const uint32_t bits = bits_of(x);
     const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     return (uint16_t)(x == x ? rounded : 0x7fc0); /* rounding could carry a NaN into infinity */
@@ -40,7 +38,7 @@ static inline uint16_t store_bfloat16(float x) {
 /* Rounded up with the probability that makes the mean exact, by 16 random bits. From the largest
  * finite bfloat16 on there is no next one to make a mean with: there to nearest, so that exactly
  * the same numbers overflow. */
-static inline uint16_t store_bfloat16_stochastic(float x, uint16_t random) {
+EVK_INLINE uint16_t store_bfloat16_stochastic(float x, uint16_t random) {
     const uint32_t bits = bits_of(x);
     const uint32_t nearest = 0x7fff + (bits >> 16 & 1);
     const uint32_t rounded = (bits + ((bits & 0x7fffffff) >= 0x7f7f0000 ? nearest : random)) >> 16;
@@ -49,14 +47,31 @@ static inline uint16_t store_bfloat16_stochastic(float x, uint16_t random) {
 
 /* A double as a float from which a bfloat16 is rounded as from the double itself: towards zero,
  * the last bit set where anything was lost (Boldo & Melquiond 2008, rounding to odd). */
-static inline float narrowed(double x) {
+EVK_INLINE float narrowed(double x) {
     const float near = (float)x;
     const uint32_t bits = bits_of(near) - (fabs((double)near) > fabs(x));
     return x == x ? float_of(bits | ((double)near != x)) : near;
 }
 
+#ifdef __CUDACC_RTC__
+
+/* The processor's own conversions: one instruction, to nearest even. */
+EVK_INLINE float load_float16(uint16_t x) {
+    float wide;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x));
+    return wide;
+}
+
+EVK_INLINE uint16_t store_float16(float x) {
+    uint16_t rounded;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(rounded) : "f"(x));
+    return rounded;
+}
+
+#else
+
 /* float16: 5 exponent bits (bias 15, float: 127) and 10 of mantissa (float: 23). */
-static inline float load_float16(uint16_t x) {
+EVK_INLINE float load_float16(uint16_t x) {
     const uint32_t magnitude = (uint32_t)(x & 0x7fff) << 13;
     const uint32_t exponent = x & 0x7c00;
     const uint32_t normal = magnitude + (112u << 23);
@@ -66,7 +81,7 @@ static inline float load_float16(uint16_t x) {
     return float_of(bits | (uint32_t)(x & 0x8000) << 16);
 }
 
-static inline uint16_t store_float16(float x) {
+EVK_INLINE uint16_t store_float16(float x) {
     const uint32_t sign = bits_of(x) & 0x80000000u;
     const uint32_t magnitude = bits_of(x) ^ sign;
     const uint32_t special = magnitude > 0x7f800000u ? 0x7e00 : 0x7c00;
@@ -78,5 +93,7 @@ static inline uint16_t store_float16(float x) {
                                                     : normal;
     return (uint16_t)(bits | sign >> 16);
 }
+
+#endif
 
 #endif

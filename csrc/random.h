@@ -2,17 +2,10 @@
 #ifndef EVK_RANDOM_H
 #define EVK_RANDOM_H
 
-#include <stdint.h>
+#include "philox.h"
 
-/* Philox4x32-10: Salmon, Moraes, Dror & Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3".
- */
+/* `philox`, for whoever loads the library. */
 void evk_philox(const uint32_t counter[4], const uint32_t key[2], uint32_t random[4]);
-
-/* What tells the random bits of one tensor in one step from all others. */
-typedef struct {
-    uint64_t seed;
-    uint32_t operand, position, t;
-} evk_stream;
 
 /* 16 random bits for each of the elements [first, first + n) of a stream, which must lie in one
  * block of 256: eight elements share a counter. `bits` has room for EVK_RANDOM_BITS numbers.

@@ -44,7 +44,7 @@ OPS = {
     "sign": Op(
         1,
         lambda x: np.where((x < 0) | (x > 0), np.copysign(1.0, x), x),
-        "islessgreater({0}, 0) ? copysign{f}(1, {0}) : {0}",  # one comparison and one select
+        "islessgreater({0}, 0) ? copysign{f}(1.0, {0}) : {0}",  # one comparison and one select
         "tl.where({0} > 0, 1.0, tl.where({0} < 0, -1.0, {0}))",
         "sign({0})",
     ),

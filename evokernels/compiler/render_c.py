@@ -9,33 +9,12 @@ Loads, stores and the run-time choice of the instruction set are in ``csrc/``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-
 from evokernels.compiler.covers import COVERS, Cover
-from evokernels.compiler.ops import OPS
 from evokernels.compiler.program import Program
+from evokernels.compiler.spelling import DTYPES, assignment, indented
 
-__all__ = ["DTYPES", "STORED", "cover_symbol", "render_covers", "render_function"]
+__all__ = ["STORED", "cover_symbol", "render_covers", "render_function"]
 
-
-@dataclass(frozen=True)
-class ElementType:
-    """How elements of one dtype are stored, and the dtype in which parameters are computed."""
-
-    storage: str
-    arithmetic: str
-
-
-DTYPES = {
-    "float32": ElementType("float", "float32"),
-    "float64": ElementType("double", "float64"),
-    "bfloat16": ElementType("uint16_t", "float32"),
-    "float16": ElementType("uint16_t", "float32"),
-}
-
-# Of the functions of the C library, for each arithmetic.
-_SUFFIXES = {"float32": "f", "float64": ""}
 
 # Dtypes of parameters and of their moments for which there are kernels. Other pairs go through
 # buffers and the kernels of the arithmetic type.
@@ -51,8 +30,7 @@ STORED = (
 
 def render_function(program: Program, dtype: str, state: str, name: str) -> str:
     """The C function of a program for parameters and gradients of one dtype, moments of another."""
-    arithmetic = DTYPES[dtype].arithmetic
-    real, suffix = DTYPES[arithmetic].storage, _SUFFIXES[arithmetic]
+    real = DTYPES[dtype].real
     dtypes = {"p": dtype, "g": dtype, "m": state, "v": state}
     results = dict(program.results)
 
@@ -69,20 +47,17 @@ def render_function(program: Program, dtype: str, state: str, name: str) -> str:
     def scalar(i: int, role: str) -> str:
         return f"const {real} k{i} = ({real})scalars[{i}]; /* {role} */"
 
-    def assignment(target: str, op: str, args: tuple[str, ...]) -> str:
-        return f"const {real} {target} = {OPS[op].c.format(*args, f=suffix)};"
-
     unused = "".join(f"    (void){s}_tensor;\n" for s in "mv" if s not in program.state)
     return (
         f"EVK_CLONES void {name}(void *p_tensor, const void *g_tensor, void *m_tensor,\n"
         f"                       void *v_tensor, int64_t n, const double *scalars) {{\n"
         f"{unused}"
-        f"{_indented(1, (pointer(value) for value in program.inputs))}"
-        f"{_indented(1, (scalar(i, role) for i, role in enumerate(program.scalars)))}"
+        f"{indented(1, (pointer(value) for value in program.inputs))}"
+        f"{indented(1, (scalar(i, role) for i, role in enumerate(program.scalars)))}"
         "    for (int64_t i = 0; i < n; ++i) {\n"
-        f"{_indented(2, (f'const {real} {value} = {load(value)};' for value in program.inputs))}"
-        f"{_indented(2, (assignment(line.target, line.op, line.args) for line in program.lines))}"
-        f"{_indented(2, (f'{value}_[i] = {store(value)};' for value in results))}"
+        f"{indented(2, (f'const {real} {value} = {load(value)};' for value in program.inputs))}"
+        f"{indented(2, (assignment(line, real) for line in program.lines))}"
+        f"{indented(2, (f'{value}_[i] = {store(value)};' for value in results))}"
         "    }\n"
         "}\n"
     )
@@ -105,7 +80,3 @@ def cover_symbol(cover: Cover, dtype: str, state: str) -> str:
     """The name of a cover kernel in the native library."""
     stored = cover.program.state and state != DTYPES[dtype].arithmetic
     return f"evk_{cover.name}_{dtype}" + (f"_{state}" if stored else "")
-
-
-def _indented(depth: int, lines: Iterable[str]) -> str:
-    return "".join(f"{'    ' * depth}{line}\n" for line in lines)

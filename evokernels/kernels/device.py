@@ -174,10 +174,12 @@ class DevicePlan:
         self.launches = [_Launch(self._kernel.resident, launch, tensors) for launch in launches]
         # everything that kernels read, captured ones too: a table is replaced, never written again
         self._tables: list[torch.Tensor] = []
-        self._layouts: list[int] = []
+        self._layouts: dict[tuple[int, ...], int] = {}  # in the order and at the places of a table
+        self._layout_words = 0
         weights = [weights_of(rule, s) for rule, s in zip(rules, structures, strict=True)]
         starts = np.cumsum([0, *map(len, weights)])
         self._records = np.zeros(len(tensors), [(name, np.int64) for name in TENSOR])
+        self._records["g_layout"] = DENSE
         for launch in self.launches:
             for i, group in zip(launch.members, launch.group_of_tensor, strict=True):
                 kind = self.kinds.index(kinds[i])
@@ -256,12 +258,12 @@ class DevicePlan:
 
     @property
     def addresses(self) -> ctypes.Array | None:
-        """Where the addresses of all gradients go, if one launch takes them all.
+        """Where the addresses of all gradients go, if one launch takes them all and none is empty.
 
         Whoever knows that these are all that has changed since the last `run`, hyperparameters
         aside, may write them and `relaunch`.
         """
-        if len(self.launches) > 1:
+        if len(self.launches) > 1 or (self._records["elements"] == 0).any():
             return None
         (launch,) = self.launches
         return (ctypes.c_void_p * len(launch.gradients)).from_buffer(launch.gradients.data)
@@ -286,7 +288,8 @@ class DevicePlan:
         as_before = keys == self._gradient_keys
         if not as_before:
             self._adapt(gradients, keys)
-        addresses = [address or 0 for address in addresses_of(gradients)]
+        # a null address is no gradient; an empty one has none, but counts
+        addresses = [0 if a is None else a or ALIGNMENT for a in addresses_of(gradients)]
         for launch in self.launches:
             launch.gradients[:] = addresses[launch.first : launch.end]
         return as_before
@@ -295,11 +298,18 @@ class DevicePlan:
         known = self._gradient_keys
         self._gradient_keys = [None] * len(keys)  # an error below leaves nothing half known
         before = self._records["g_layout"].copy()
+        now = before.copy()
         for i, (bound, gradient) in enumerate(zip(self._tensors, gradients, strict=True)):
             if gradient is not None and keys[i] != known[i]:
                 check_gradient(bound, gradient, keys[i])
-                self._records[i]["g_layout"] = self._layout(gradient, self._orders[i])
-        if (before != self._records["g_layout"]).any():
+                now[i] = self._layout(gradient, self._orders[i])
+        if (before != now).any():
+            if capturing(self._device):
+                raise OptimizerError(
+                    "gradients lie in memory otherwise than in the steps before, which a step "
+                    "cannot take note of while it is captured: run one with such gradients before"
+                )
+            self._records["g_layout"] = now
             self._upload_records()
         self._gradient_keys = keys
         self._updated = [
@@ -340,22 +350,21 @@ class DevicePlan:
         if lies_densely(tensor, order):
             return DENSE
         rows = strided_rows(tensor, order)
-        self._layouts += (len(rows), *(number for row in rows for number in row))
-        return len(self._layouts) - 2 * len(rows) - 1
+        layout = (len(rows), *(number for row in rows for number in row))
+        if layout not in self._layouts:
+            self._layouts[layout] = self._layout_words
+            self._layout_words += len(layout)
+        return self._layouts[layout]
 
     def _upload_records(self) -> None:
-        layouts = self._upload(np.array(self._layouts or [0], np.int64))
+        words = [word for layout in self._layouts for word in layout]
+        layouts = self._upload(np.array(words or [0], np.int64))
         for launch in self.launches:
             launch.header["layouts"] = layouts
             launch.header["tensors"] = self._upload(self._records[launch.first : launch.end])
 
     def _upload(self, table: np.ndarray) -> int:
         """The address of a table on the device."""
-        if capturing(self._device):
-            raise OptimizerError(
-                "gradients lie in memory otherwise than in the steps before, which a step cannot "
-                "take note of while it is captured: run one step with such gradients before"
-            )
         words = np.ascontiguousarray(table).view(np.int64).reshape(-1)
         self._tables.append(torch.from_numpy(words.copy()).to(self._device))
         return self._tables[-1].data_ptr()

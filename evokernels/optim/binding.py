@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Collection, Mapping, Sequence
@@ -62,7 +63,7 @@ class Binding:
         self._storages = [tensor.untyped_storage() for tensor in self._kept]
         self._addresses = [tensor.data_ptr() for tensor in self._kept]
         self._parts: list[tuple[HostPart | DevicePart, list[int]]] = []
-        for place, counts in steps.items():
+        for place, counts in sorted(steps.items(), key=lambda item: item[0] is not None):
             chosen = [i for i, member in enumerate(members) if member.place == place]
             part = HostPart if place is None else DevicePart
             self._parts.append((part([members[i] for i in chosen], counts), chosen))
@@ -129,7 +130,8 @@ class Binding:
         if scaling.max_norm < math.inf:
             squares = self._sum_over_shards(lambda members: self._squares(gradients, members))
             scaling = scaling._replace(squares=squares)
-        # all of them before one is updated: a gradient may be wrong
+        # before one is updated: a gradient or a number may be wrong. Members on the host, which
+        # come first, are looked at more closely within their step, before they are updated
         as_before = [part.look([gradients[i] for i in members]) for part, members in self._parts]
         for part, members in self._parts:
             part.step([gradients[i] for i in members], scaling)
@@ -157,9 +159,10 @@ class Binding:
             part.squares([gradients[i] if i in chosen else None for i in members])
             for part, members in self._parts
         ]
-        device = "cpu" if self.needs_host or not sums else sums[0].device
-        nothing = torch.zeros((), dtype=torch.float64, device=device)
-        return sum((value.to(device) for value in sums), start=nothing)
+        if not sums:
+            return torch.zeros((), dtype=torch.float64, device="cpu")
+        device = "cpu" if self.needs_host else sums[0].device
+        return functools.reduce(torch.add, (value.to(device) for value in sums))
 
     def _tell_dtensors(self, gradients: Gradients, clear: bool) -> None:
         """What was done to their local parts."""

@@ -206,17 +206,18 @@ class DevicePart:
 
     def look(self, gradients: Gradients) -> bool:
         """Get ready for a step; whether gradients lie as in the last one."""
+        self._hyperparameters = self._current_hyperparameters()
         return self._plan.look(gradients)
 
     def step(self, gradients: Gradients, scaling: Scaling) -> None:
-        """Count the step and update, all of it on the device."""
-        self._plan.run(gradients, self._hyperparameters(), scaling.on(self._device))
+        """Count the step and update, all of it on the device, after `look`."""
+        self._plan.run(gradients, self._hyperparameters, scaling.on(self._device))
 
     def repeat(self, scaling: Scaling, commit: Callable[[bool], None]) -> bool:
         """As that of `HostPart`."""
         if scaling.clear and not self._plan.lie_apart:
             return False
-        hyperparameters = self._hyperparameters()
+        hyperparameters = self._current_hyperparameters()
         if scaling.max_norm < math.inf:
             scaling = scaling._replace(squares=self._plan.squares())
         commit(scaling.clear)
@@ -227,7 +228,7 @@ class DevicePart:
         """The sum of the squares of all gradients: float64, 0-d, on the device."""
         return self._plan.sum_of_squares(gradients)
 
-    def _hyperparameters(self) -> list[list[float | torch.Tensor]]:
+    def _current_hyperparameters(self) -> list[list[float | torch.Tensor]]:
         """For each group of the plan its values of `GROUP_INPUTS`."""
         captured = capturing(self._device)
         self.captured |= captured

@@ -1,0 +1,208 @@
+"""Kinds of tensors → CUDA C++: what ``csrc/update.cuh`` and ``csrc/squares.cuh`` build on.
+
+That is the records that a host fills (`compiler/words.py`), for each structure its numbers in a
+step, and for each kind how elements are stored and the update of one of them. Loop shape, loads,
+stores and launches are in ``csrc/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from evokernels.compiler import schedule, terms
+from evokernels.compiler.linear import Monomial
+from evokernels.compiler.program import Line
+from evokernels.compiler.spelling import DTYPES, assignment, indented
+from evokernels.compiler.structure import STEP_INPUTS, Structure, assignments, value_of
+from evokernels.compiler.words import CHUNK, DENSE, GROUP, HEADER, OPERANDS, TENSOR
+
+__all__ = ["BLOCKS_AN_SM", "THREADS", "CudaKind", "render_cuda"]
+
+# Of a block.
+THREADS = 256
+# At least; on sm_75, which holds 1,024 threads, three quarters of what it can hold.
+BLOCKS_AN_SM = 3
+
+_WARP = 32
+
+_TYPES = {"int64": "int64_t", "uint64": "uint64_t", "float64": "double", "pointer": "void *"}
+
+_FORMATS = {
+    "float32": "Float32",
+    "float64": "Float64",
+    "bfloat16": "Bfloat16",
+    "float16": "Float16",
+}
+
+# What a step has besides the hyperparameters of a group, or in their place.
+_STEP = tuple(symbol.name for symbol in (schedule.t, terms.base_lr, *STEP_INPUTS))
+
+
+class CudaKind(NamedTuple):
+    """What the code of one element depends on, dtypes by name."""
+
+    structure: Structure
+    parameter: str
+    state: str
+    stochastic: bool
+
+    @property
+    def width(self) -> int:
+        """Elements that fill 16 bytes in the narrowest of the tensors."""
+        return 16 // min(DTYPES[self.parameter].bytes, DTYPES[self.state].bytes)
+
+
+def render_cuda(kinds: Sequence[CudaKind], words: int) -> str:
+    """The source of a kernel, which includes ``csrc/``.
+
+    Args:
+        kinds: those of the tensors it can update; a record's ``kind`` is the place in here.
+        words: 64-bit words that a launch can take.
+    """
+    structures = list(dict.fromkeys(kind.structure for kind in kinds))
+    numbers = {
+        "EVK_THREADS": THREADS,
+        "EVK_WARP": _WARP,
+        "EVK_BLOCKS_AN_SM": BLOCKS_AN_SM,
+        "EVK_DENSE": f"({DENSE})",
+        **{f"EVK_OPERAND_{name.upper()}": place for place, name in enumerate(OPERANDS)},
+        "EVK_PRODUCTS": max(len(structure.products) for structure in structures),
+        "EVK_SCALARS": max(len(structure.sums) for structure in structures),
+    }
+    return "\n".join(
+        (
+            "".join(f"#define {name} {value}\n" for name, value in numbers.items()),
+            '#include "device.cuh"\n',
+            _records(words),
+            *(_structure(f"Structure{i}", structure) for i, structure in enumerate(structures)),
+            *(
+                _kind(f"Kind{i}", kind, f"Structure{structures.index(kind.structure)}")
+                for i, kind in enumerate(kinds)
+            ),
+            _with_kind(len(kinds)),
+            '#include "update.cuh"\n#include "squares.cuh"\n',
+        )
+    )
+
+
+def _records(words: int) -> str:
+    """What the host hands over."""
+    rest = words - len(HEADER)
+    layout = (
+        _struct("Header", HEADER)
+        + _struct("Group", GROUP)
+        + _struct("Tensor", TENSOR)
+        + _struct("Chunk", CHUNK)
+        + _struct("Step", dict.fromkeys(_STEP, "float64"))
+    )
+    return (
+        f"{layout}\n"
+        f"struct Words {{\n    Header header;\n    int64_t rest[{rest}]; /* groups, then addresses of gradients */\n}};\n"
+    )
+
+
+def _struct(name: str, fields: Mapping[str, str]) -> str:
+    return (
+        f"struct {name} {{\n"
+        f"{indented(1, (f'{_TYPES[type_]} {field};' for field, type_ in fields.items()))}"
+        "};\n"
+    )
+
+
+def _structure(name: str, structure: Structure) -> str:
+    """The numbers of a rule's step: products of what comes in, and their weighted sums."""
+    products = structure.products
+    places = {product: i for i, product in enumerate(products)}
+    sums, first = [], 0
+    for role, summands in zip(structure.program.scalars, structure.sums, strict=True):
+        weighted = " + ".join(
+            f"weights[{first + i}] * products[{places[product]}]"
+            for i, product in enumerate(summands)
+        )
+        sums.append([f"return {weighted}; /* {role} */"])
+        first += len(summands)
+    return (
+        f"struct {name} {{ /* {structure.name} */\n"
+        f"    static constexpr int PRODUCTS = {len(products)}, SCALARS = {len(sums)};\n"
+        "    EVK_APART double product(int i, const Group &group, const Step &step) {\n"
+        f"{_choice(map(_product, products))}"
+        "    }\n"
+        "    EVK_APART double scalar(int i, const double *weights, const double *products) {\n"
+        f"{_choice(sums)}"
+        "    }\n"
+        "};\n"
+    )
+
+
+def _product(product: Monomial) -> list[str]:
+    lines, (result,) = assignments([value_of(product)])
+    statements = (
+        assignment(Line(line.target, line.op, tuple(map(_operand, line.args))), "double")
+        for line in lines
+    )
+    return [*statements, f"return {_operand(result)};"]
+
+
+def _operand(name: str) -> str:
+    """A target of an earlier line or a number as it is, a symbol in its record."""
+    if name in _STEP:
+        return f"step.{name}"
+    return f"group.{name}" if name in GROUP else name
+
+
+def _choice(cases: Iterable[Sequence[str]]) -> str:
+    """One of several results, the last one where there is no such case."""
+    *cases, last = cases
+    text = "".join(
+        f"        case {i}: {{\n{indented(3, case)}        }}\n" for i, case in enumerate(cases)
+    )
+    text += f"        default: {{\n{indented(3, last)}        }}\n"
+    return f"        switch (i) {{\n{text}        }}\n"
+
+
+def _kind(name: str, kind: CudaKind, structure: str) -> str:
+    program = kind.structure.program
+    real = DTYPES[kind.parameter].real
+    has = {moment: str(moment in program.state).lower() for moment in "mv"}
+    body, read = [], set()
+    for line in program.lines:  # numbers where they are needed: registers are scarce
+        for i, role in enumerate(program.scalars):
+            if f"k{i}" in line.args and i not in read:
+                read.add(i)
+                body.append(f"const {real} k{i} = k[{i}]; /* {role} */")
+        body.append(assignment(line, real))
+    results = (f"{value} = {result};" for value, result in program.results)
+    return (
+        f"struct {name} {{\n"
+        f"    using Structure = {structure};\n"
+        f"    using Real = {real};\n"
+        f"    using Parameter = {_format(kind.parameter, kind.stochastic)};\n"
+        f"    using State = {_format(kind.state, kind.stochastic)};\n"
+        f"    static constexpr bool M = {has['m']}, V = {has['v']};\n"
+        f"    static constexpr int WIDTH = {kind.width};\n"
+        "    template <typename Scalars>\n"
+        "    EVK_INLINE void update(const Scalars &k, Real &p, Real g, Real &m, Real &v) {\n"
+        f"{indented(2, body)}"
+        f"{indented(2, results)}"
+        "    }\n"
+        "};\n"
+    )
+
+
+def _format(dtype: str, stochastic: bool) -> str:
+    return ("Stochastic" if stochastic and dtype == "bfloat16" else "") + _FORMATS[dtype]
+
+
+def _with_kind(count: int) -> str:
+    """A macro: a statement in which ``Kind`` is the kind of that number."""
+    lines = [
+        "#define EVK_WITH_KIND(number, ...)",
+        "    switch (number) {",
+        *(
+            f"        case {i}: {{ using Kind = Kind{i}; __VA_ARGS__; }} break;"
+            for i in range(count)
+        ),
+        "    }",
+    ]
+    return " \\\n".join(lines) + "\n"

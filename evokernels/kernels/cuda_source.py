@@ -1,0 +1,46 @@
+"""The whole source of a CUDA kernel as one text: what is compiled, and what it is known by."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from collections.abc import Sequence
+
+from evokernels.compiler.render_cuda import CudaKind, render_cuda
+from evokernels.kernels.device import Kind
+
+__all__ = ["cuda_source"]
+
+CSRC = pathlib.Path(__file__).parent / "csrc"
+
+
+def cuda_source(kinds: Sequence[Kind], words: int) -> str:
+    """The source for tensors of these kinds, files that it includes in their places.
+
+    Args:
+        kinds: a record's ``kind`` is the place in here.
+        words: that a launch can take.
+    """
+    rendered = render_cuda(
+        [CudaKind(k.structure, _name(k.parameter), _name(k.state), k.stochastic) for k in kinds],
+        words,
+    )
+    return _with_included(rendered, "kernel.cu", set())
+
+
+def _with_included(text: str, name: str, known: set[str]) -> str:
+    """A text with its own includes replaced; messages of a compiler name the right lines."""
+    lines = [f'#line 1 "{name}"']
+    for number, line in enumerate(text.splitlines(), start=1):
+        include = re.fullmatch(r'#include "(.+)"', line)
+        if include is None:
+            lines.append(line)
+        elif include[1] not in known:
+            known.add(include[1])
+            included = (CSRC / include[1]).read_text(encoding="utf-8")
+            lines += [_with_included(included, include[1], known), f'#line {number + 1} "{name}"']
+    return "\n".join(lines)
+
+
+def _name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
