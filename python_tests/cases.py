@@ -1,8 +1,26 @@
-"""Tensors that lie in memory in all the ways that a step may meet."""
+"""Tensors of all shapes, and in all the ways in which they may lie in memory."""
 
 from __future__ import annotations
 
 import torch
+from oracle import SHAPES
+
+TOTAL_STEPS = 7  # of which tests take five
+
+
+def flat(tensors):
+    return torch.cat([t.detach().flatten() for t in tensors])
+
+
+def case(seed, dtype):
+    """Parameters of all shapes and gradients for five steps."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tensors(scale):
+        return [torch.randn(s, generator=generator).mul(scale).to(dtype) for s in SHAPES]
+
+    scale = 10 ** float(torch.rand((), generator=generator) * 4 - 3)
+    return tensors(1.0), [tensors(scale) for _ in range(5)]
 
 
 def layouts(

@@ -27,6 +27,7 @@ MOST_WORDS = 4095
 FLAGS = [
     *("-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-function"),
+    "-Wno-unused-parameter",  # of moments that a rule does not keep
 ]
 
 

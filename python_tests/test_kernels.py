@@ -8,8 +8,8 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from cases import layouts
-from oracle import DTYPES, SHAPES, assert_near, eager_steps, exact_steps, random_genome
+from cases import TOTAL_STEPS, case, flat, layouts
+from oracle import DTYPES, assert_near, eager_steps, exact_steps, random_genome
 
 from evokernels import FusedEvolvedOptimizer, Genome, Term, zoo
 from evokernels.compiler.covers import COVERS, find_cover
@@ -22,11 +22,6 @@ from evokernels.kernels.plan import ARITHMETIC
 from evokernels.kernels.registry import BACKENDS
 
 CSRC = pathlib.Path(__file__).parents[1] / "csrc"
-TOTAL_STEPS = 7  # of which the tests take five
-
-
-def flat(tensors):
-    return torch.cat([t.detach().flatten() for t in tensors])
 
 
 def train(genome, parameters, gradients, backend):
@@ -37,17 +32,6 @@ def train(genome, parameters, gradients, backend):
             parameter.grad = gradient
         optimizer.step()
     return optimizer
-
-
-def case(seed, dtype):
-    """Parameters of all shapes and gradients for five steps."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def tensors(scale):
-        return [torch.randn(s, generator=generator).mul(scale).to(dtype) for s in SHAPES]
-
-    scale = 10 ** float(torch.rand((), generator=generator) * 4 - 3)
-    return tensors(1.0), [tensors(scale) for _ in range(5)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -3,34 +3,37 @@
 import ctypes
 import itertools
 import math
-import mmap
 import os
 import sys
 
 import numpy as np
 import pytest
 import torch
+from bound import (
+    BEYOND,
+    BOTH,
+    FORMATS,
+    MOMENTUM,
+    SIGN,
+    bound,
+    everything,
+    random,
+    same_bits,
+    untouched,
+)
 from cases import layouts
 from eager import eager_update
 from oracle import DTYPES, SHAPES, assert_near, random_genome
 
-from evokernels import FusedEvolvedOptimizer, Genome, Term, zoo
+from evokernels import FusedEvolvedOptimizer, zoo
 from evokernels.compiler.evaluate import reference_step
 from evokernels.compiler.lower import lower
 from evokernels.compiler.terms import genome_scalars
 from evokernels.errors import OptimizerError
 from evokernels.kernels import native
-from evokernels.kernels.plan import ARITHMETIC, STATE_DTYPES, BoundTensor, Numbers, Rounding
+from evokernels.kernels.plan import ARITHMETIC, STATE_DTYPES, Numbers, Rounding
 from evokernels.kernels.registry import BACKENDS
 from evokernels.kernels.rounding import philox, random_bits
-
-FORMATS = [(dtype, state) for dtype, states in STATE_DTYPES.items() for state in states]
-PLAIN = {"wd_log10": -math.inf, "lr_log10": 0}
-SIGN = Genome(term_types=[Term.SIGN_GRAD], **PLAIN)
-MOMENTUM = Genome(term_types=[Term.MOMENTUM], beta1=0.0, **PLAIN)  # m is the gradient itself
-BOTH = Genome(
-    term_types=["MOMENTUM", "RMS_NORM"], alphas=[1.0, 1.0], beta1=0.5, beta2=0.75, **PLAIN
-)
 
 
 def numbers(genome, t=1, **changes):
@@ -38,32 +41,10 @@ def numbers(genome, t=1, **changes):
     return Numbers(rule.program, rule.numbers(**{**genome_scalars(genome, t), **changes}), t)
 
 
-def bound(genome, parameter, state=None, rounding=None):
-    program = lower(genome).program
-    moments = {
-        name: torch.zeros_like(parameter, dtype=state or ARITHMETIC[parameter.dtype])
-        for name in program.state
-    }
-    return BoundTensor(program, parameter, moments, rounding)
-
-
 def run(genome, tensors, gradients, backend="cpu", t=1, clear=False, **changes):
     plan = BACKENDS[backend].bind(tensors)
     plan.run(gradients, [0] * len(tensors), [numbers(genome, t, **changes)], clear=clear)
     return plan
-
-
-def everything(tensor):
-    return [tensor.parameter, *tensor.moments.values()]
-
-
-def same_bits(a, b):
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return torch.equal(a.contiguous().view(integers), b.contiguous().view(integers))
-
-
-def random(shape, dtype, seed):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @pytest.fixture
@@ -531,15 +512,6 @@ def test_cleared_gradients_get_a_new_version():
 
 
 # more elements than 32 bits can count
-
-BEYOND = 2**31 + 100_000
-
-
-def untouched(elements):
-    """Memory of which only the pages that are used exist."""
-    no_reserve = 0x4000  # Linux's MAP_NORESERVE; mmap has the name from Python 3.13 on
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
-    return torch.frombuffer(mmap.mmap(-1, 2 * elements, flags=flags), dtype=torch.bfloat16)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs memory that is only promised")

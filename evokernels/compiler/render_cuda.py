@@ -88,17 +88,14 @@ def render_cuda(kinds: Sequence[CudaKind], words: int) -> str:
 
 def _records(words: int) -> str:
     """What the host hands over."""
-    rest = words - len(HEADER)
-    layout = (
-        _struct("Header", HEADER)
-        + _struct("Group", GROUP)
-        + _struct("Tensor", TENSOR)
-        + _struct("Chunk", CHUNK)
-        + _struct("Step", dict.fromkeys(_STEP, "float64"))
-    )
+    given = {"Header": HEADER, "Group": GROUP, "Tensor": TENSOR, "Chunk": CHUNK}
+    structs = {**given, "Step": dict.fromkeys(_STEP, "float64")}
     return (
-        f"{layout}\n"
-        f"struct Words {{\n    Header header;\n    int64_t rest[{rest}]; /* groups, then addresses of gradients */\n}};\n"
+        f"{''.join(_struct(name, fields) for name, fields in structs.items())}"
+        "struct Words {\n"
+        "    Header header;\n"
+        f"    int64_t rest[{words - len(HEADER)}]; /* groups, then the addresses of gradients */\n"
+        "};\n"
     )
 
 

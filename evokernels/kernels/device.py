@@ -48,6 +48,9 @@ def capturing(device: torch.device) -> bool:
 # The vector accesses of the kernels.
 ALIGNMENT = 16
 
+# In place of the address of a gradient of no elements, which may be 0: it is there, and counts.
+_NO_ELEMENTS = ALIGNMENT
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -288,8 +291,7 @@ class DevicePlan:
         as_before = keys == self._gradient_keys
         if not as_before:
             self._adapt(gradients, keys)
-        # a null address is no gradient; an empty one has none, but counts
-        addresses = [0 if a is None else a or ALIGNMENT for a in addresses_of(gradients)]
+        addresses = [0 if a is None else a or _NO_ELEMENTS for a in addresses_of(gradients)]
         for launch in self.launches:
             launch.gradients[:] = addresses[launch.first : launch.end]
         return as_before

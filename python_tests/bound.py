@@ -1,0 +1,53 @@
+"""Tensors bound to rules as plans take them, and what plans are asked about."""
+
+from __future__ import annotations
+
+import math
+import mmap
+
+import torch
+
+from evokernels import Genome, Term
+from evokernels.compiler.lower import lower
+from evokernels.kernels.plan import ARITHMETIC, STATE_DTYPES, BoundTensor
+
+FORMATS = [(dtype, state) for dtype, states in STATE_DTYPES.items() for state in states]
+PLAIN = {"wd_log10": -math.inf, "lr_log10": 0}
+SIGN = Genome(term_types=[Term.SIGN_GRAD], **PLAIN)
+MOMENTUM = Genome(term_types=[Term.MOMENTUM], beta1=0.0, **PLAIN)  # m is the gradient itself
+BOTH = Genome(
+    term_types=["MOMENTUM", "RMS_NORM"], alphas=[1.0, 1.0], beta1=0.5, beta2=0.75, **PLAIN
+)
+
+
+def bound(genome, parameter, state=None, rounding=None):
+    program = lower(genome).program
+    moments = {
+        name: torch.zeros_like(parameter, dtype=state or ARITHMETIC[parameter.dtype])
+        for name in program.state
+    }
+    return BoundTensor(program, parameter, moments, rounding)
+
+
+def everything(tensor):
+    return [tensor.parameter, *tensor.moments.values()]
+
+
+def same_bits(a, b):
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(a.contiguous().view(integers), b.contiguous().view(integers))
+
+
+def random(shape, dtype, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+# more elements than 32 bits can count
+BEYOND = 2**31 + 100_000
+
+
+def untouched(elements):
+    """Memory of which only the pages that are used exist."""
+    no_reserve = 0x4000  # Linux's MAP_NORESERVE; mmap has the name from Python 3.13 on
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    return torch.frombuffer(mmap.mmap(-1, 2 * elements, flags=flags), dtype=torch.bfloat16)
