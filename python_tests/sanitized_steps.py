@@ -1,13 +1,10 @@
-"""Steps over every dtype and memory layout, each tensor in an allocation of its own, for a checker of
-memory accesses to watch: ``compute-sanitizer python sanitized_steps.py BACKEND``."""
+"""Steps over every dtype and memory layout, for a checker of memory accesses to watch:
+``PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python sanitized_steps.py BACKEND``. Else
+tensors lie side by side in torch's memory, and it does not see who writes where."""
 
 from __future__ import annotations
 
-import os
 import sys
-
-# before torch is imported: its allocator would put tensors side by side, out of a checker's sight
-os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
 import torch
 from cases import layouts
