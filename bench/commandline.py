@@ -1,17 +1,17 @@
-"""What the scripts beside this file share: common options, a progress bar, errors as one line."""
+"""What the scripts beside this file share: options, a progress bar, tables, errors as one line."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 from tqdm import tqdm
 
 from evokernels.errors import EvokernelsError
 
-__all__ = ["Bar", "add_machine_options", "exit_code", "worker_count"]
+__all__ = ["Bar", "add_machine_options", "exit_code", "markdown", "worker_count"]
 
 
 def exit_code(command: Callable[[], None], resume_hint: str) -> int:
@@ -49,6 +49,14 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterable[str]:
+    """A table, line by line."""
+    yield f"| {' | '.join(head)} |"
+    yield f"|{'---|' * len(head)}"
+    for cells in rows:
+        yield f"| {' | '.join(cells)} |"
 
 
 def worker_count(options: argparse.Namespace, threads: int, device: str) -> int:

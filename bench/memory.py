@@ -16,9 +16,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from commandline import exit_code
+from commandline import exit_code, markdown
 from contestants import COMPILED, FUSED, OURS, Contestant, Work, adamw, compiled, ours
-from microbench import CASES, markdown
+from microbench import CASES
 
 CONTESTANTS: dict[str, Callable[[Work], Contestant]] = {
     OURS: ours,

@@ -28,7 +28,7 @@ import pytest
 import scaling
 import torch
 import torchvision
-from commandline import Bar, exit_code, positive
+from commandline import Bar, exit_code, markdown, positive
 from contestants import (
     COMPILED,
     CONTESTANTS,
@@ -229,14 +229,6 @@ def memory_row(name: str, measured: Measured) -> list[str]:
 
     wall = 2 * torch.float32.itemsize * elements / measured.seconds(WALL, SAME) / 1e9
     return [name, *moved(OURS), *moved(CASES[name].against), f"{wall:.1f}"]
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterable[str]:
-    """A table, line by line."""
-    yield f"| {' | '.join(head)} |"
-    yield f"|{'---|' * len(head)}"
-    for cells in rows:
-        yield f"| {' | '.join(cells)} |"
 
 
 def duration(seconds: float | None) -> str:

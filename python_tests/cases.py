@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from oracle import SHAPES
 
@@ -48,3 +49,20 @@ def layouts(
         "long": (random(1000, 3).t(), random(3, 1000)),
         "scalar": (random()[None][0], random(1).expand(3)[1]),
     }
+
+
+def between_bfloat16(dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of a dtype at, in the middle of and just beside the middle of two bfloat16; and which
+    of those is the nearest, the even one of two."""
+    every = np.arange(2**16, dtype=np.uint32)
+    finite = every[(every & 0x7FFF) < 0x7F80]
+    values = (finite << 16).view(np.float32).astype(np.float64)
+    spacing = np.ldexp(1.0, np.maximum(((finite >> 7) & 0xFF).astype(int), 1) - 134)
+    away = values + np.copysign(spacing, values)  # where the next one is, or would be
+    middle = (values + away) / 2
+    last = 2.0 ** (-8 if dtype == torch.float32 else -36) * np.copysign(spacing, values)
+    even = np.where(finite & 1, away, values)
+    inputs = np.concatenate([values, middle, middle - last, middle + last])
+    nearest = np.concatenate([values, even, values, away])
+    nearest[np.abs(nearest) >= 2.0**128] = np.copysign(np.inf, nearest)[np.abs(nearest) >= 2.0**128]
+    return inputs, nearest

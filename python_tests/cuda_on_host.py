@@ -28,6 +28,9 @@ FLAGS = [
     *("-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-function"),
     "-Wno-unused-parameter",  # of moments that a rule does not keep
+    # what a GPU would fault at, or compute otherwise, ends the process here
+    "-fsanitize=alignment,bounds,shift,signed-integer-overflow,null",
+    "-fsanitize-undefined-trap-on-error",
 ]
 
 

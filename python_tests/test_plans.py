@@ -21,7 +21,7 @@ from bound import (
     same_bits,
     untouched,
 )
-from cases import layouts
+from cases import between_bfloat16, layouts
 from eager import eager_update
 from oracle import DTYPES, SHAPES, assert_near, random_genome
 
@@ -138,17 +138,7 @@ def test_no_layout_changes_a_bit(dtype, state, rounding):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_moments_are_rounded_once(backend, dtype):
     """To the nearest bfloat16, the even one of two, whatever the arithmetic."""
-    every = np.arange(2**16, dtype=np.uint32)
-    finite = every[(every & 0x7FFF) < 0x7F80]
-    values = (finite << 16).view(np.float32).astype(np.float64)
-    spacing = np.ldexp(1.0, np.maximum(((finite >> 7) & 0xFF).astype(int), 1) - 134)
-    away = values + np.copysign(spacing, values)  # where the next one is, or would be
-    middle = (values + away) / 2
-    last = 2.0 ** (-8 if dtype == torch.float32 else -36) * np.copysign(spacing, values)
-    even = np.where(finite & 1, away, values)
-    inputs = np.concatenate([values, middle, middle - last, middle + last])
-    nearest = np.concatenate([values, even, values, away])
-    nearest[np.abs(nearest) >= 2.0**128] = np.copysign(np.inf, nearest)[np.abs(nearest) >= 2.0**128]
+    inputs, nearest = between_bfloat16(dtype)
     g = torch.from_numpy(inputs).to(dtype)
     assert np.array_equal(g.double().numpy(), inputs)
     tensor = bound(MOMENTUM, torch.zeros_like(g), torch.bfloat16)

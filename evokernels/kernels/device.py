@@ -21,7 +21,7 @@ from evokernels.compiler.program import Program
 from evokernels.compiler.structure import Structure, structure_of, weights_of
 from evokernels.compiler.words import DENSE, GROUP, HEADER, TENSOR
 from evokernels.errors import OptimizerError
-from evokernels.kernels.launches import Launch, chunk_length, cut, split
+from evokernels.kernels.launches import Launch, block_count, chunk_length, cut, split
 from evokernels.kernels.memory import (
     find_overlap,
     lies_densely,
@@ -380,8 +380,9 @@ class _Launch:
         self.groups, self.group_of_tensor = launch.groups, launch.group_of_tensor
         self.members = range(launch.first, launch.end)
         elements = [tensors[i].parameter.numel() for i in self.members]
-        self.chunks = cut(elements, chunk_length(sum(elements), resident))
-        self.blocks = max(1, min(len(self.chunks), resident))
+        length = chunk_length(sum(elements), resident)
+        self.chunks = cut(elements, launch.group_of_tensor, length)
+        self.blocks = block_count(len(self.chunks), resident)
         self.words = np.zeros(launch.words, np.int64)
         head, body = len(HEADER), len(HEADER) + len(self.groups) * len(GROUP)
         self.header = self.words[:head].view([(name, np.int64) for name in HEADER])[0]

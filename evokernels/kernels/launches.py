@@ -13,7 +13,7 @@ import numpy as np
 
 from evokernels.compiler.words import CHUNK, GROUP, HEADER
 
-__all__ = ["Launch", "chunk_length", "cut", "split"]
+__all__ = ["Launch", "block_count", "chunk_length", "cut", "split"]
 
 # Elements: a vector of four for each of 256 threads, and a multiple of the eight elements that
 # share a random number. Every chunk begins at a multiple of it.
@@ -74,12 +74,33 @@ def chunk_length(elements: int, resident: int) -> int:
     return min(max(fair, SHORTEST_CHUNK), LONGEST_CHUNK)
 
 
-def cut(elements: Sequence[int], length: int) -> np.ndarray:
-    """The chunks of the tensors of a launch: int64 of shape (chunks, `CHUNK` fields)."""
+def cut(elements: Sequence[int], groups: Sequence[int], length: int) -> np.ndarray:
+    """The chunks of the tensors of a launch: int64 of shape (chunks, `CHUNK` fields).
+
+    Group by group, because a block computes the numbers of a group anew whenever it meets another
+    one; within a group the long ones first, so that blocks that take them in turns differ by no
+    more than one chunk. In the order of the tensors, every second block would get the weights of a
+    model and the others its biases.
+
+    Args:
+        elements: of each tensor.
+        groups: of each tensor.
+        length: of a chunk, at most; a multiple of `SHORTEST_CHUNK`.
+    """
     sizes = np.asarray(elements, np.int64)
     chunks = -(-sizes // length)
     tensor = np.repeat(np.arange(len(sizes)), chunks)
     first = (np.arange(len(tensor)) - np.repeat(np.cumsum(chunks) - chunks, chunks)) * length
-    table = np.stack([tensor, first, np.minimum(first + length, sizes[tensor])], axis=1)
+    end = np.minimum(first + length, sizes[tensor])
+    table = np.stack([tensor, first, end], axis=1)
     assert table.shape[1] == len(CHUNK)
-    return table.astype(np.int64)
+    order = np.lexsort((first - end, np.asarray(groups, np.int64)[tensor]))  # stable
+    return table[order].astype(np.int64)
+
+
+def block_count(chunks: int, resident: int) -> int:
+    """How many blocks walk the chunks: as many as the device holds, none without work.
+
+    One at least: what is launched counts steps and starts sums even where no tensor has elements.
+    """
+    return max(1, min(chunks, resident))

@@ -9,20 +9,24 @@ import torch
 from evokernels.compiler.program import Program
 from evokernels.errors import BackendError
 from evokernels.kernels.cpu import CpuBackend
+from evokernels.kernels.cuda import CudaBackend
+from evokernels.kernels.device import DeviceBackend
 from evokernels.kernels.eager import EagerBackend
 from evokernels.kernels.plan import Backend
 
 __all__ = ["BACKENDS", "Selection", "select"]
 
 # In the order in which "auto" tries them.
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), EagerBackend())}
+BACKENDS: dict[str, Backend | DeviceBackend] = {
+    backend.name: backend for backend in (CpuBackend(), CudaBackend(), EagerBackend())
+}
 
 
 @dataclass(frozen=True)
 class Selection:
     """The backend chosen, and the reasons of those that were tried before it."""
 
-    backend: Backend
+    backend: Backend | DeviceBackend
     rejected: dict[str, str]
 
 

@@ -1,0 +1,209 @@
+"""What compiled GPU code does with registers and with memory: read from PTX and ptxas's log."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+__all__ = ["Resources", "Traffic", "occupancy", "resources", "streaming_loops"]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of one function; stack and spills in bytes a thread.
+
+    Attributes:
+        registers: a thread; None for a function that kernels call.
+    """
+
+    registers: int | None
+    stack: int
+    spills: int
+
+
+def resources(log: str) -> dict[str, Resources]:
+    """By function, from what ``ptxas -v`` says."""
+    found = {}
+    for text in log.split("Function properties for ")[1:]:
+        name, frame, *rest = text.splitlines()
+        stack, stores, loads = map(int, re.findall(r"(\d+) bytes", frame))
+        used = re.search(r"Used (\d+) registers", rest[0]) if rest else None
+        found[name.strip()] = Resources(used and int(used[1]), stack, stores + loads)
+    return found
+
+
+# Threads that a multiprocessor holds, by architecture; each has 65,536 registers (CUDA C++
+# Programming Guide, "Technical Specifications per Compute Capability").
+MOST_THREADS = {75: 1024, 80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
+REGISTERS = 65536
+
+
+def occupancy(registers: int, architecture: int, threads: int) -> float:
+    """The part of the threads of a multiprocessor that blocks of `threads` can use."""
+    # warps get registers in units of 256, and come in fours: one for each scheduler
+    of_warp = -(-registers * 32 // 256) * 256
+    warps = REGISTERS // of_warp // 4 * 4
+    most = MOST_THREADS[architecture]
+    return min(warps * 32 // threads, most // threads) * threads / most
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Global memory that one pass through a loop moves, in bytes a thread.
+
+    Attributes:
+        loaded, stored: on the way with the least and on the one with the most.
+        widths: of these accesses.
+        reread: loaded from addresses that are the same in every pass, and so come from the cache.
+    """
+
+    loaded: tuple[int, int]
+    stored: tuple[int, int]
+    widths: frozenset[int]
+    reread: int
+
+
+def streaming_loops(ptx: str, entry: str) -> list[Traffic]:
+    """The innermost loops of a kernel that access 16 bytes at a time."""
+    blocks = _blocks(_body(ptx, entry))
+    traffic = [_traffic(blocks, *loop) for loop in _innermost_loops(blocks)]
+    return [loop for loop in traffic if max(loop.widths, default=0) == 16]
+
+
+_ACCESS = re.compile(r"(@!?%p\d+\s+)?(ld|st)(?:\.volatile|\.relaxed|\.gpu)*\.global(\S*)\s")
+_BRANCH = re.compile(r"(@!?%p\d+\s+)?bra(?:\.uni)?\s+(\S+);")
+_END = re.compile(r"(@!?%p\d+\s+)?(?:ret|trap|exit);")
+
+
+@dataclass
+class _Block:
+    """Instructions that run one after another, and the blocks that may follow."""
+
+    lines: list[str]
+    next: list[int]
+
+
+def _body(ptx: str, entry: str) -> list[str]:
+    """The instructions and labels of a kernel."""
+    start = re.search(rf"\.entry {re.escape(entry)}\b", ptx)
+    text = ptx[ptx.index("\n{", start.start()) + 2 :]
+    return [line.strip() for line in text[: text.index("\n}")].splitlines() if line.strip()]
+
+
+def _blocks(lines: list[str]) -> list[_Block]:
+    """Basic blocks; the first is where the kernel begins."""
+    parts: list[list[str]] = [[]]
+    for line in lines:
+        if line.startswith("$"):
+            parts.append([])
+        parts[-1].append(line)
+        if _BRANCH.match(line) or _END.match(line):
+            parts.append([])
+    parts = [part for part in parts if part]
+    labels = {part[0].partition(":")[0]: i for i, part in enumerate(parts)}
+    blocks = []
+    for i, part in enumerate(parts):
+        branch = _BRANCH.match(part[-1])
+        leaves = branch or _END.match(part[-1])
+        falls = [i + 1] if i + 1 < len(parts) and (not leaves or leaves[1]) else []
+        blocks.append(_Block(part, falls + ([labels[branch[2]]] if branch else [])))
+    if any("brx" in line for line in lines):
+        raise ValueError("an indirect branch: where it may go is not read")
+    return blocks
+
+
+def _innermost_loops(blocks: list[_Block]) -> list[tuple[int, frozenset[int]]]:
+    """Head and blocks of each loop that has no other one in it."""
+    before: dict[int, list[int]] = {}
+    for i, block in enumerate(blocks):
+        for after in block.next:
+            before.setdefault(after, []).append(i)
+    bodies: dict[int, set[int]] = {}
+    for tail, head in _backward(blocks):
+        body, waiting = bodies.setdefault(head, {head}), [tail]
+        while waiting:
+            i = waiting.pop()
+            if i not in body:
+                body.add(i)
+                waiting += before[i]
+    loops = {head: frozenset(body) for head, body in bodies.items()}
+    return [(head, body) for head, body in loops.items() if not (loops.keys() & body) - {head}]
+
+
+def _backward(blocks: list[_Block]) -> Iterator[tuple[int, int]]:
+    """Edges that close a loop: to a block on the way from the entry to where they begin."""
+    done: set[int] = set()
+    way = [(0, iter(blocks[0].next))]
+    on_way = {0}
+    while way:
+        i, rest = way[-1]
+        after = next(rest, None)
+        if after is None:
+            way.pop()
+            on_way.remove(i)
+            done.add(i)
+        elif after in on_way:
+            yield i, after
+        elif after not in done:
+            on_way.add(after)
+            way.append((after, iter(blocks[after].next)))
+
+
+def _traffic(blocks: list[_Block], head: int, body: frozenset[int]) -> Traffic:
+    """Of one pass through an innermost loop: from its head back to it."""
+    lines = [line for i in body for line in blocks[i].lines]
+    changing = {name for line in lines for name in _assigned(line)}
+    accesses = {i: list(_accesses(blocks[i], changing)) for i in body}
+
+    def moved(what: str, choose: Callable[..., int]) -> int:
+        @functools.cache
+        def rest(i: int) -> int | None:
+            """From a block to the end of the pass; None if the loop is left."""
+            own = [
+                choose(0, a.size) if a.condition else a.size for a in accesses[i] if a.what == what
+            ]
+            ends = [0 if n == head else rest(n) for n in blocks[i].next if n in body]
+            ends = [end for end in ends if end is not None]
+            return sum(own) + choose(ends) if ends else None
+
+        return rest(head)
+
+    found = [access for of_block in accesses.values() for access in of_block]
+    return Traffic(
+        *((moved(what, min), moved(what, max)) for what in ("ld", "st")),
+        frozenset(access.size for access in found if access.what != "reread"),
+        moved("reread", max),
+    )
+
+
+class _Access(NamedTuple):
+    """Of global memory: "ld", "st" or "reread", bytes, and whether only under some condition."""
+
+    what: str
+    size: int
+    condition: bool
+
+
+def _accesses(block: _Block, changing: set[str]) -> Iterator[_Access]:
+    """Those of a block; `changing` are the registers that its loop assigns."""
+    for line in block.lines:
+        found = _ACCESS.match(line)
+        if found:
+            vector = re.search(r"\.v(\d)", found[3])
+            bits = re.search(r"\.[a-z]+(\d+)$", found[3])
+            fixed = (
+                found[2] == "ld" and re.search(r"\[(\S+?)(?:\+-?\d+)?\]", line)[1] not in changing
+            )
+            size = int(bits[1]) // 8 * int(vector[1] if vector else 1)
+            yield _Access("reread" if fixed else found[2], size, bool(found[1]))
+
+
+def _assigned(line: str) -> list[str]:
+    """The registers that an instruction writes: its first operand, or all in its first braces."""
+    found = re.match(r"(?:@!?%p\d+\s+)?([\w.]+)\s+(\{[^}]*\}|[^,;]+)", line)
+    if found is None or found[1].startswith(("st.", "bra", "bar", "red.")):
+        return []
+    return re.findall(r"%\w+", found[2])
