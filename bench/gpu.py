@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import pathlib
 import platform
 import subprocess
@@ -31,7 +32,7 @@ import torch
 from commandline import Bar, exit_code, positive
 from gpu_evaluation import PROTOCOL, SHORT, compare_evaluations
 from gpu_steps import CASES, measure_case
-from gpu_tests import ROOT, run_tests
+from gpu_tests import ROOT, TESTS, run_tests
 from gpu_timing import Gpu, find_gpu
 
 from evokernels.errors import EvokernelsError
@@ -103,17 +104,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace, gpu: Gpu) -> list[str]:
-    """Do the parts asked for, write after each, print the page; returns the problems."""
+    """Do the parts asked for, write after each job, print the page; returns the problems."""
     get_task(options.task)
-    results: dict[str, Any] = {"environment": environment(gpu), "broken": {}}
     make_folder(options.out)
+    results: dict[str, Any] = {"environment": environment(gpu), "broken": {}}
     files = gpu_report.write(results, options.out)
-    jobs = jobs_of(options, gpu, results)
+    jobs = jobs_of(options, gpu)
     with Bar() as bar:
-        for done, (name, job) in enumerate(jobs):
+        for done, (part, name, job) in enumerate(jobs):
             bar.show(done, len(jobs), name)
             try:
-                job()
+                results.setdefault(part, {})[name] = job()
             except EvokernelsError as error:  # says what to do
                 results["broken"][name] = str(error)
             except Exception:  # whatever it is: others can be done, and a GPU is not always at hand
@@ -125,33 +126,29 @@ def run(options: argparse.Namespace, gpu: Gpu) -> list[str]:
 
 
 def jobs_of(
-    options: argparse.Namespace, gpu: Gpu, results: dict[str, Any]
-) -> list[tuple[str, Callable[[], None]]]:
-    """What is to be done, each leaving what it finds in the results."""
+    options: argparse.Namespace, gpu: Gpu
+) -> list[tuple[str, str, Callable[[], dict[str, Any]]]]:
+    """What is to be done: of which part, what it is, and the function that does it."""
     passes = options.passes or (QUICK_PASSES if options.quick else PASSES)
-    jobs: list[tuple[str, Callable[[], None]]] = []
-
-    def tests() -> None:
-        results["tests"] = run_tests()
-
-    def step(case: str) -> None:
-        results.setdefault("steps", []).append(measure_case(case, gpu, passes))
-        results["clocks after"] = gpu.clocks()
-
-    def evaluation() -> None:
-        times = QUICK_EVALUATIONS if options.quick else EVALUATIONS
-        budget = SHORT if options.quick else PROTOCOL
-        results["evaluation"] = compare_evaluations(
-            options.task, budget, options.data_dir, gpu.device, times
-        )
-
-    if "tests" in options.parts:
-        jobs.append(("tests", tests))
-    if "steps" in options.parts:
-        jobs += [(case, lambda case=case: step(case)) for case in options.cases]
-    if "evaluation" in options.parts:
-        jobs.append(("evaluation", evaluation))
-    return jobs
+    times, budget = (QUICK_EVALUATIONS, SHORT) if options.quick else (EVALUATIONS, PROTOCOL)
+    jobs = {
+        "tests": {TESTS.name: run_tests},
+        "steps": {
+            case: functools.partial(measure_case, case, gpu, passes) for case in options.cases
+        },
+        "evaluation": {
+            options.task: functools.partial(
+                compare_evaluations, options.task, budget, options.data_dir, gpu.device, times
+            )
+        },
+    }
+    assert tuple(jobs) == PARTS
+    return [
+        (part, name, job)
+        for part in PARTS
+        if part in options.parts
+        for name, job in jobs[part].items()
+    ]
 
 
 def environment(gpu: Gpu) -> dict[str, Any]:

@@ -52,7 +52,6 @@ def compare_evaluations(
             seconds[name].append(time.perf_counter() - start)
     ours, theirs = seconds.values()
     return {
-        "task": task,
         "steps": budget.steps,
         "batch size": budget.batch_size,
         "training images": len(data.y_train),

@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from commandline import markdown
 from gpu_steps import OURS
-from microbench import duration, markdown
+from microbench import duration
 
 from evokernels.evolution.files import write_atomically
 
@@ -57,8 +58,7 @@ def write(results: Results, folder: pathlib.Path) -> list[pathlib.Path]:
 def problems(results: Results) -> list[str]:
     """What is not as it must be, one line each; slowness is none."""
     found = [f"{part} broke off: {last_line(text)}" for part, text in results["broken"].items()]
-    tests = results.get("tests")
-    if tests:
+    for tests in results.get("tests", {}).values():
         if tests["command"]:
             found.append(last_line(tests["command"]))
         counts = tests.get("backends", {})
@@ -72,8 +72,8 @@ def problems(results: Results) -> list[str]:
             for backend in OURS
             if not counts.get(backend, {}).get("passed")
         ]
-    for case in results.get("steps", []):
-        found += [f"{case['case']}: {name}: {first_line(w)}" for name, w in case["failed"].items()]
+    for name, case in results.get("steps", {}).items():
+        found += [f"{name}: {who}: {first_line(why)}" for who, why in case["failed"].items()]
     return found
 
 
@@ -96,7 +96,7 @@ def page(results: Results) -> Iterable[str]:
 
 def tests_section(results: Results) -> Iterable[str]:
     """Counts by backend, why tests were skipped, and failures."""
-    tests = results["tests"]
+    (tests,) = results["tests"].values()
     yield from ("", "## Tests on the device", "")
     if tests["command"]:
         yield from fenced(tests["command"])
@@ -116,10 +116,10 @@ def tests_section(results: Results) -> Iterable[str]:
 def steps_section(results: Results) -> Iterable[str]:
     """A table for each case, and the figures that were expected of this GPU."""
     yield from ("", "## One update", "", HOW_STEPS)
-    for case in results["steps"]:
+    for name, case in results["steps"].items():
         tensors = "1 tensor" if case["tensors"] == 1 else f"{case['tensors']:,} tensors"
         copy = case["copy, bytes a second"] / 1e9
-        yield from ("", f"### {case['case']}", "")
+        yield from ("", f"### {name}", "")
         yield f"{case['elements']:,} elements in {tensors}; a copy moves {copy:.1f} GB/s."
         yield ""
         if case["contestants"]:
@@ -129,13 +129,12 @@ def steps_section(results: Results) -> Iterable[str]:
             yield from markdown(head, map(steps_row, case["contestants"]))
         missing = {**case["failed"], **case["absent"]}
         yield from ("" for _ in missing or ())
-        yield from (f"- {name} was not measured: {why}" for name, why in missing.items())
+        yield from (f"- {who} was not measured: {why}" for who, why in missing.items())
+        yield from ("", f"Afterwards: {said(case['afterwards']) or 'clocks unknown'}.")
     rows = list(expectations(results))
     if rows:
         yield from ("", "### Expected of this GPU", "")
         yield from markdown(["case", "contestant", "what", "expected", "measured", "met"], rows)
-    if "clocks after" in results:
-        yield from ("", f"Clocks and heat afterwards: {said(results['clocks after'])}.")
 
 
 def steps_row(row: Results) -> list[str]:
@@ -159,8 +158,8 @@ def expectations(results: Results) -> Iterable[list[str]]:
     words = results["environment"]["gpu"].split()
     expected = [limit for word, limits in EXPECTED.items() if word in words for limit in limits]
     rows = {
-        (case["case"], row["contestant"]): row
-        for case in results["steps"]
+        (name, row["contestant"]): row
+        for name, case in results["steps"].items()
         for row in case["contestants"]
     }
     for case, what, least, most in expected:
@@ -176,10 +175,10 @@ def expectations(results: Results) -> Iterable[list[str]]:
 
 def evaluation_section(results: Results) -> Iterable[str]:
     """Seconds and fitness of both ways."""
-    found = results["evaluation"]
+    ((task, found),) = results["evaluation"].items()
     yield from ("", "## One evaluation", "", HOW_EVALUATION, "")
     yield (
-        f"{found['task']}: {found['steps']} steps of {found['batch size']} images, out of "
+        f"{task}: {found['steps']} steps of {found['batch size']} images, out of "
         f"{found['training images']:,}; the evaluator is {found['times as fast']:.3g} times as "
         "fast."
     )

@@ -69,13 +69,13 @@ def measure_case(name: str, gpu: Gpu, passes: int) -> dict[str, Any]:
     measured = take_turns(work, entrants, passes, DeviceStopwatch(gpu))
     copy = 2 * torch.float32.itemsize * gpu.copied / measured.seconds(WALL, DEVICE)
     return {
-        "case": name,
         "elements": work.elements,
         "tensors": len(work.shapes),
         "copy, bytes a second": copy,
         "contestants": [_row(entrant, work, measured, copy) for entrant in entrants],
         "absent": absent,
         "failed": failed,
+        "afterwards": gpu.clocks(),
     }
 
 

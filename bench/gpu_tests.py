@@ -10,16 +10,17 @@ from collections import Counter
 from typing import Any
 from xml.etree import ElementTree
 
-__all__ = ["MARKER", "run_tests"]
+__all__ = ["MARKER", "ROOT", "TESTS", "run_tests"]
 
 ROOT = pathlib.Path(__file__).parents[1]
+TESTS = ROOT / "python_tests"
 MARKER = "gpu"
 ELSE = "of no backend"  # tests that name none
 TAIL = 2000  # characters of what pytest printed, where it left no results
 NOT_WHOLE = {2: "did not finish", 3: "broke down", 4: "was called wrongly", 5: "found no tests"}
 
 
-def run_tests(folder: pathlib.Path = ROOT / "python_tests") -> dict[str, Any]:
+def run_tests(folder: pathlib.Path = TESTS) -> dict[str, Any]:
     """Run the marked tests of a folder.
 
     Returns:

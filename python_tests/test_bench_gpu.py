@@ -3,6 +3,7 @@
 import copy
 import json
 import pathlib
+import re
 import shutil
 import sys
 import time
@@ -212,11 +213,12 @@ def test_a_whole_run(command, tiny, tmp_path, monkeypatch):
     assert "| compute capability | 7.5 |" in page
 
     right = {"passed": 1, "failed": 0, "skipped": 0}
-    assert results["tests"]["backends"] == {"cpu": right, "triton": right}
+    assert results["tests"]["python_tests"]["backends"] == {"cpu": right, "triton": right}
     assert "| triton | 1 | 0 | 0 |" in page
 
-    small, large = results["steps"]
-    assert (small["case"], small["elements"], small["tensors"]) == ("SmallCNN", 22, 2)
+    assert list(results["steps"]) == ["SmallCNN", "64M"]
+    small, large = results["steps"].values()
+    assert (small["elements"], small["tensors"]) == (22, 2)
     assert "22 elements in 2 tensors" in page
     assert "100 elements in 1 tensor;" in page
     there = ["ours, CPU", "AdamW(fused=True)", "AdamW(foreach=True)", "apex FusedAdam"]
@@ -240,13 +242,13 @@ def test_a_whole_run(command, tiny, tmp_path, monkeypatch):
     assert ours["bytes a second"] == pytest.approx(22 * 100 / ours["device, seconds"])
     assert ours["of the copy"] == ours["bytes a second"] / large["copy, bytes a second"]
 
-    evaluation = results["evaluation"]
+    evaluation = results["evaluation"]["fashion_mnist_mini"]
     assert (evaluation["steps"], evaluation["training images"]) == (2, 5000)
     evaluator, source = evaluation["fitness"].values()
     assert evaluator == pytest.approx(source, abs=0.02)
     assert evaluation["times as fast"] > 0
     assert "fashion_mnist_mini: 2 steps of 16 images, out of 5,000" in page
-    assert "Clocks and heat afterwards: clocks.sm [MHz] 1590 MHz." in page
+    assert "Afterwards: clocks.sm [MHz] 1590 MHz." in page
 
 
 def test_a_part_alone(command, tiny, tmp_path):
@@ -254,7 +256,7 @@ def test_a_part_alone(command, tiny, tmp_path):
     assert code == 0
     assert "All that ran (steps) is right." in out
     assert json.loads((tmp_path / "out" / "gpu_tesla_t4.json").read_text()).keys() == {
-        *("environment", "broken", "steps", "clocks after")
+        *("environment", "broken", "steps")
     }
 
 
@@ -438,6 +440,15 @@ def test_a_gpu_is_described_and_its_clock_measured(fake_cuda, monkeypatch, tmp_p
     assert found.clocks() == {}
 
 
+@pytest.mark.parametrize("path", ["bench/gpu_timing.py", "python_tests/test_gpu.py"])
+def test_what_is_asked_of_torch_cuda_is_there(path):
+    """No typo waits for the day on which there is a GPU."""
+    text = (gpu.ROOT / path).read_text(encoding="utf-8")
+    names = set(re.findall(r"torch\.cuda\.(\w+)", text))
+    assert len(names) >= 5
+    assert {name for name in names if not hasattr(torch.cuda, name)} == set()
+
+
 def test_the_stand_in_has_what_a_gpu_has(fake_cuda):
     def names(value):
         return {name for name in dir(value) if not name.startswith("_")}
@@ -470,7 +481,7 @@ def test_tests_that_cannot_run_are_a_problem(tmp_path):
     ):
         found = gpu_tests.run_tests(marked_tests(tmp_path / name, text))
         assert part in found["command"]
-        assert gpu_report.problems({"broken": {}, "tests": found})
+        assert gpu_report.problems({"broken": {}, "tests": {"python_tests": found}})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -480,7 +491,7 @@ def test_marked_tests_are_skipped_with_a_reason_where_there_is_no_gpu(tmp_path):
     (folder / "test_marked.py").write_text(text.replace("lambda: True", "lambda: False"))
     found = gpu_tests.run_tests(folder)
     assert found["skips"] == {f"torch {torch.__version__} finds no CUDA device": 7}
-    assert gpu_report.problems({"broken": {}, "tests": found}) == [
+    assert gpu_report.problems({"broken": {}, "tests": {"python_tests": found}}) == [
         "no test of backend cuda passed",
         "no test of backend triton passed",
     ]
@@ -504,25 +515,25 @@ def row(contestant, seconds, share):
     }
 
 
-def case(name, *rows):
+def case(*rows):
     return {
-        "case": name,
         "elements": 1,
         "tensors": 1,
         "copy, bytes a second": 270e9,
         "contestants": list(rows),
         "absent": {},
         "failed": {},
+        "afterwards": {},
     }
 
 
 RESULTS = {
     "environment": {"gpu": "Tesla T4"},
     "broken": {},
-    "steps": [
-        case("SmallCNN", row("ours, CUDA", 99e-6, 0.7), row("ours, Triton", 101e-6, 0.7)),
-        case("64M", row("ours, CUDA", 6.5e-3, 0.8501), row("ours, Triton", 6.7e-3, 0.8499)),
-    ],
+    "steps": {
+        "SmallCNN": case(row("ours, CUDA", 99e-6, 0.7), row("ours, Triton", 101e-6, 0.7)),
+        "64M": case(row("ours, CUDA", 6.5e-3, 0.8501), row("ours, Triton", 6.7e-3, 0.8499)),
+    },
 }
 
 
@@ -546,8 +557,11 @@ def test_figures_stand_beside_what_is_expected_of_a_t4():
     ("change", "problem"),
     [
         (lambda r: r["broken"].update(steps="Traceback\nOSError: gone\n"), "steps broke off: OSEr"),
-        (lambda r: r["steps"][0]["failed"].update({"ours, CUDA": "far\noff"}), "ours, CUDA: far"),
-        (lambda r: r.update(tests={"command": "pytest was killed"}), "pytest was killed"),
+        (
+            lambda r: r["steps"]["64M"]["failed"].update({"ours, CUDA": "far\noff"}),
+            "ours, CUDA: far",
+        ),
+        (lambda r: r.update(tests={"t": {"command": "pytest was killed"}}), "pytest was killed"),
     ],
 )
 def test_problems_stand_at_the_head(change, problem):
