@@ -14,7 +14,7 @@ from evokernels import zoo
 from evokernels.compiler.schedule import learning_rate_factor
 from evokernels.evolution.devices import reproducible
 from evokernels.evolution.evaluator import Budget, Trial, evaluate
-from evokernels.evolution.fitness import diverged, final_loss, run_fitness
+from evokernels.evolution.fitness import DIVERGED_FITNESS, diverged, final_loss, run_fitness
 from evokernels.tasks import ImageData, get_task, load_images, test_batches, training_batches
 
 __all__ = ["PROTOCOL", "SHORT", "compare_evaluations"]
@@ -87,7 +87,7 @@ def _by_source(trial: Trial, budget: Budget, data: ImageData, device: torch.devi
             loss = functional.cross_entropy(model(x.to(device)), y.to(device))
             losses.append(loss.item())
             if diverged(losses[-1]):
-                break
+                return DIVERGED_FITNESS
             model.zero_grad()
             loss.backward()
             lr = genome.lr * learning_rate_factor(genome, t - 1, budget.steps)

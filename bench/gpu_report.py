@@ -10,6 +10,7 @@ from typing import Any
 
 from commandline import markdown
 from gpu_steps import OURS
+from gpu_tests import ELSE
 from microbench import duration
 
 from evokernels.evolution.files import write_atomically
@@ -195,7 +196,7 @@ PARTS = {"tests": tests_section, "steps": steps_section, "evaluation": evaluatio
 
 def of(backend: str) -> str:
     """A backend, or no backend, in a sentence."""
-    return f"of backend {backend}" if backend in OURS else backend
+    return backend if backend == ELSE else f"of backend {backend}"
 
 
 def percent(share: float) -> str:

@@ -75,6 +75,7 @@ def measure_case(name: str, gpu: Gpu, passes: int) -> dict[str, Any]:
         "contestants": [_row(entrant, work, measured, copy) for entrant in entrants],
         "absent": absent,
         "failed": failed,
+        "passes of the copy": measured.passes[WALL][DEVICE],
         "afterwards": gpu.clocks(),
     }
 

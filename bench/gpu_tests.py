@@ -10,7 +10,7 @@ from collections import Counter
 from typing import Any
 from xml.etree import ElementTree
 
-__all__ = ["MARKER", "ROOT", "TESTS", "run_tests"]
+__all__ = ["ELSE", "MARKER", "ROOT", "TESTS", "run_tests"]
 
 ROOT = pathlib.Path(__file__).parents[1]
 TESTS = ROOT / "python_tests"

@@ -9,7 +9,14 @@ import torch
 
 from evokernels import Genome, Term
 from evokernels.compiler.lower import lower
+from evokernels.kernels.device import DeviceBackend
 from evokernels.kernels.plan import ARITHMETIC, STATE_DTYPES, BoundTensor
+from evokernels.kernels.registry import BACKENDS
+
+# Those that take their numbers from the host.
+HOST_BACKENDS = {
+    name: backend for name, backend in BACKENDS.items() if not isinstance(backend, DeviceBackend)
+}
 
 FORMATS = [(dtype, state) for dtype, states in STATE_DTYPES.items() for state in states]
 PLAIN = {"wd_log10": -math.inf, "lr_log10": 0}

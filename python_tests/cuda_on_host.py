@@ -15,7 +15,7 @@ import torch
 
 from evokernels.compiler.program import Program
 from evokernels.kernels.cuda_source import cuda_source
-from evokernels.kernels.device import Kind
+from evokernels.kernels.device import DeviceBackend, Kind
 
 __all__ = ["MOST_WORDS", "CudaOnHost"]
 
@@ -34,7 +34,7 @@ FLAGS = [
 ]
 
 
-class CudaOnHost:
+class CudaOnHost(DeviceBackend):
     """A `DeviceBackend`.
 
     Args:
@@ -43,7 +43,6 @@ class CudaOnHost:
     """
 
     name = "cuda on the host"
-    fused = True
 
     def __init__(self, most_words: int = MOST_WORDS, resident: int = 7) -> None:
         self.most_words, self._resident = most_words, resident

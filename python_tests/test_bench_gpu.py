@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 import shutil
+import statistics
 import sys
 import time
 import types
@@ -240,6 +241,9 @@ def test_a_whole_run(command, tiny, tmp_path, monkeypatch):
     assert ours["backend"].startswith("cpu: evk_g_m_v_bfloat16")
     assert ours["times the first"] == 1
     assert ours["bytes a second"] == pytest.approx(22 * 100 / ours["device, seconds"])
+    copied = 2 * 4 * Host.copied  # bytes read and written
+    taken = statistics.median(large["passes of the copy"])
+    assert large["copy, bytes a second"] == pytest.approx(copied / taken)
     assert ours["of the copy"] == ours["bytes a second"] / large["copy, bytes a second"]
 
     evaluation = results["evaluation"]["fashion_mnist_mini"]
@@ -277,13 +281,14 @@ def test_a_case_that_breaks_off_leaves_the_others(command, tiny, monkeypatch):
 
 
 def test_a_contestant_that_is_wrong_has_no_row(command, tiny, monkeypatch):
-    def wrong(genome, p, *rest):
-        p.add_(1.0)
+    def wrong(genome, parameters, *rest):
+        for p in parameters:
+            p.add_(0.1)
 
     monkeypatch.setattr("contestants.update_all", wrong)
     code, out, _ = command("--parts", "steps", "--cases", "64M", "--passes", "1")
     assert code == 1
-    assert "- **64M: source eager: " in out
+    assert "- **64M: source eager: AssertionError: Tensor-likes are not close!" in out
     assert "- source eager was not measured: " in out
     assert "| source eager |" not in out
 
@@ -523,6 +528,7 @@ def case(*rows):
         "contestants": list(rows),
         "absent": {},
         "failed": {},
+        "passes of the copy": [],
         "afterwards": {},
     }
 

@@ -488,7 +488,7 @@ def trained_network(device, backend, steps=20):
     x, y = torch.randn(64, 12, dtype=FP64), torch.randint(3, (64,))
     network, x, y = network.to(device), x.to(device), y.to(device)
     optimizer = FusedEvolvedOptimizer(
-        network.parameters(), SCHEDULED, total_steps=steps, max_grad_norm=0.5, backend=backend
+        network.parameters(), SCHEDULED, total_steps=steps, max_grad_norm=0.02, backend=backend
     )
     losses = []
     for _ in range(steps):

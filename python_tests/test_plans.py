@@ -13,6 +13,7 @@ from bound import (
     BEYOND,
     BOTH,
     FORMATS,
+    HOST_BACKENDS,
     MOMENTUM,
     SIGN,
     bound,
@@ -32,7 +33,6 @@ from evokernels.compiler.terms import genome_scalars
 from evokernels.errors import OptimizerError
 from evokernels.kernels import native
 from evokernels.kernels.plan import ARITHMETIC, STATE_DTYPES, Numbers, Rounding
-from evokernels.kernels.registry import BACKENDS
 from evokernels.kernels.rounding import philox, random_bits
 
 
@@ -42,7 +42,7 @@ def numbers(genome, t=1, **changes):
 
 
 def run(genome, tensors, gradients, backend="cpu", t=1, clear=False, **changes):
-    plan = BACKENDS[backend].bind(tensors)
+    plan = HOST_BACKENDS[backend].bind(tensors)
     plan.run(gradients, [0] * len(tensors), [numbers(genome, t, **changes)], clear=clear)
     return plan
 
@@ -57,7 +57,7 @@ def threads():
 # the gradient's factor
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HOST_BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_factor_scales_the_gradient(backend, dtype):
     for seed, factor in itertools.product(range(20), (-1.0, 4.0)):  # exact in every dtype
@@ -70,7 +70,7 @@ def test_the_factor_scales_the_gradient(backend, dtype):
         assert all(map(same_bits, everything(scaled), everything(plain))), (genome, factor)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HOST_BACKENDS)
 def test_a_factor_of_zero_is_a_number_like_any_other(backend):
     tensor = bound(SIGN, torch.ones(2))
     run(SIGN, [tensor], [torch.tensor([3.0, math.inf])], backend, gradient_factor=0.0)
@@ -80,7 +80,7 @@ def test_a_factor_of_zero_is_a_number_like_any_other(backend):
 # formats of moments
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HOST_BACKENDS)
 @pytest.mark.parametrize(("dtype", "state"), FORMATS, ids=str)
 def test_moments_of_every_format_match_the_reference(backend, dtype, state):
     arithmetic = ARITHMETIC[dtype]
@@ -134,7 +134,7 @@ def test_no_layout_changes_a_bit(dtype, state, rounding):
     assert (guarded[guard] == 7.0).all(), "a neighbour was written to"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HOST_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_moments_are_rounded_once(backend, dtype):
     """To the nearest bfloat16, the even one of two, whatever the arithmetic."""
@@ -218,7 +218,7 @@ def test_random_bits_are_those_of_the_element(first):
     assert drawn == expected
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HOST_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_stochastic_rounding_is_unbiased(backend, dtype):
     """As often up as the number lies near the upper neighbour, bit by bit; never further."""
@@ -234,7 +234,7 @@ def test_stochastic_rounding_is_unbiased(backend, dtype):
         assert abs(up - part) < 5 * math.sqrt(part * (1 - part) / n) + 2**-16
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HOST_BACKENDS)
 def test_every_random_number_decides(backend):
     """Rounded up exactly where the bits that are cut off and the random ones make a carry."""
     bits = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint32)
@@ -257,7 +257,7 @@ def test_every_random_number_decides(backend):
 def test_both_backends_draw_the_same_bits(dtype, state):
     for parameter, gradient in layouts(dtype)[1].values():
         results = []
-        for backend in BACKENDS:
+        for backend in HOST_BACKENDS:
             copy = torch.empty_like(parameter).copy_(parameter)
             tensor = bound(BOTH, copy, state, Rounding(12345678901234567890, 3))
             for t in (1, 2):
@@ -289,7 +289,7 @@ def test_every_operand_position_step_and_seed_draws_bits_of_its_own():
     assert len({t.double().sum().item() for t in everything(tensor)}) == 3
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HOST_BACKENDS)
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (3, 0, 1)], ids=str)
 def test_nothing_is_rounded_stochastically_too(backend, shape):
     empty = torch.zeros(shape, dtype=torch.bfloat16)
@@ -357,7 +357,7 @@ def test_flushing_denormals_does_not_depend_on_the_number_of_threads(threads):
     inputs = [torch.full((n,), x) for x in (1e-39, 1e-40)]
     threads(2)
     run(MOMENTUM, [bound(MOMENTUM, torch.zeros(n))], [torch.zeros(n)])
-    plan = BACKENDS["cpu"].bind([bound(SIGN, torch.zeros(n))])
+    plan = HOST_BACKENDS["cpu"].bind([bound(SIGN, torch.zeros(n))])
     for flush in (True, False):
         parameter = inputs[0].clone()
         if not torch.set_flush_denormal(flush):
@@ -375,7 +375,7 @@ def test_flushing_denormals_does_not_depend_on_the_number_of_threads(threads):
 # clearing
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HOST_BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cleared_gradients_are_zero_and_nothing_else_is(backend, dtype):
     guarded, cases = layouts(dtype)
@@ -395,7 +395,7 @@ def test_cleared_gradients_are_zero_and_nothing_else_is(backend, dtype):
         assert all(map(same_bits, everything(tensors[1]), everything(tensors[0]))), name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HOST_BACKENDS)
 @pytest.mark.parametrize(
     "share",
     [
@@ -425,13 +425,13 @@ def test_gradients_that_share_memory_are_cleared_when_all_are_read(backend, shar
 # sums of squares
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HOST_BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sum_of_squares(backend, dtype):
     gradients = [random(shape, dtype, i) for i, shape in enumerate(SHAPES)]
     gradients += [gradient for _, gradient in layouts(dtype)[1].values()]
     gradients.append(random((9000,), dtype, 77) * 1e-3)
-    plan = BACKENDS[backend].bind([bound(SIGN, torch.zeros_like(g)) for g in gradients])
+    plan = HOST_BACKENDS[backend].bind([bound(SIGN, torch.zeros_like(g)) for g in gradients])
     exact = sum(math.fsum((g.double() ** 2).flatten().tolist()) for g in gradients)
     assert plan.sum_of_squares(gradients) == pytest.approx(exact, rel=1e-14)
     without = [None if i % 2 else g for i, g in enumerate(gradients)]
@@ -451,7 +451,7 @@ def test_the_sum_of_squares_depends_on_neither_threads_nor_layout(dtype, threads
     sums = set()
     for count, laid in itertools.product((1, 2, 3), (gradients, strided)):
         threads(count)
-        plan = BACKENDS["cpu"].bind([bound(SIGN, torch.zeros_like(g)) for g in laid])
+        plan = HOST_BACKENDS["cpu"].bind([bound(SIGN, torch.zeros_like(g)) for g in laid])
         sums.add(plan.sum_of_squares(laid))
     assert len(sums) == 1
 
@@ -459,7 +459,7 @@ def test_the_sum_of_squares_depends_on_neither_threads_nor_layout(dtype, threads
 def test_sum_of_squares_of_many_elements(threads):
     """More than chunks of the shortest length would hold."""
     parameter = torch.empty(40_000_003, dtype=torch.bfloat16)
-    plan = BACKENDS["cpu"].bind([bound(SIGN, p) for p in (parameter[:-7], parameter[-7:])])
+    plan = HOST_BACKENDS["cpu"].bind([bound(SIGN, p) for p in (parameter[:-7], parameter[-7:])])
     three = torch.tensor([3.0], dtype=torch.bfloat16)
     gradients = [three.expand(40_000_003 - 7), three.expand(7)]
     for count in (1, 3):
@@ -509,7 +509,7 @@ def test_cleared_gradients_get_a_new_version():
 @pytest.mark.parametrize("step", [1, 2])
 def test_offsets_beyond_32_bits(step, rounding):
     parameter, gradient = (untouched(step * BEYOND)[::step] for _ in range(2))
-    plan = BACKENDS["cpu"].bind([bound(SIGN, parameter, rounding=rounding)])
+    plan = HOST_BACKENDS["cpu"].bind([bound(SIGN, parameter, rounding=rounding)])
     plan._look_at([gradient])
     table = type(plan._numbers)([numbers(SIGN)])
     table.write([numbers(SIGN)])

@@ -15,7 +15,7 @@ from evokernels.compiler.render_cuda import THREADS
 from evokernels.errors import BackendError
 from evokernels.kernels import nvrtc
 from evokernels.kernels.cuda_source import cuda_source
-from evokernels.kernels.device import Kind
+from evokernels.kernels.device import DeviceBackend, Kind
 from evokernels.kernels.driver import Driver, driver
 
 __all__ = ["CudaBackend", "CudaKernel"]
@@ -29,11 +29,10 @@ LARGE_SINCE = (12, 1)
 LEAST_WORDS = 64
 
 
-class CudaBackend:
+class CudaBackend(DeviceBackend):
     """Every rule, on NVIDIA GPUs from compute capability 7.0 on."""
 
     name = "cuda"
-    fused = True
 
     def __init__(self) -> None:
         self._kernels: dict[tuple, CudaKernel] = {}

@@ -7,11 +7,12 @@ step to step goes with the launch: hyperparameters of the groups and addresses o
 
 from __future__ import annotations
 
+import abc
 import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -95,25 +96,26 @@ class DeviceKernel(Protocol):
         """The sum of the squares of all gradients, into where the header says."""
 
 
-@runtime_checkable
-class DeviceBackend(Protocol):
+class DeviceBackend(abc.ABC):
     """A way to run programs on a device that counts its steps itself.
 
     Attributes:
-        fused: as that of `Backend`.
         most_words: that a launch can take.
     """
 
     name: str
-    fused: bool
+    fused = True
     most_words: int
 
+    @abc.abstractmethod
     def why_not(self, program: Program, device: torch.device, dtype: torch.dtype) -> str | None:
         """As `Backend` says."""
 
+    @abc.abstractmethod
     def kernel(self, program: Program, dtype: torch.dtype) -> str:
         """As `Backend` says."""
 
+    @abc.abstractmethod
     def load(self, kinds: tuple[Kind, ...], words: int, device: torch.device) -> DeviceKernel:
         """The kernel for these kinds, which takes `words` words at most; compiled if need be."""
 

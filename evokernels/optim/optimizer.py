@@ -47,8 +47,8 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
     """Trains with the update rule of a genome; stands where ``torch.optim.AdamW`` stood.
 
     One native call updates all parameters; each is read and written once. Parameters may be
-    float32, float64, bfloat16 or float16, dense or strided, on any device (beyond the CPU: with
-    torch operations). Arithmetic is in float32, in float64 for float64 parameters.
+    float32, float64, bfloat16 or float16, dense or strided, on any device (beyond CPUs and GPUs:
+    with torch operations). Arithmetic is in float32, in float64 for float64 parameters.
 
     Each group has ``genome``, ``lr``, ``betas``, ``eps``, ``weight_decay``, ``total_steps``,
     ``maximize``, ``state_dtype``, ``stochastic_rounding`` and ``seed``. The first five come from
@@ -61,6 +61,10 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
 
     With ``torch.amp.GradScaler`` gradients are unscaled inside the step, and a step with infinite
     gradients leaves parameters and state alone.
+
+    On a GPU ``step`` counts are there, no step waits for the device, and one may be captured into a
+    CUDA graph behind a first one, if ``lr`` is a float32 or float64 tensor on the device in each
+    group. Replays count, follow the schedule, and read ``lr``, ``grad_scale`` and ``found_inf``.
 
     Args:
         params: parameters, (name, parameter) pairs or groups, as for every torch optimizer.
