@@ -217,6 +217,15 @@ class DevicePlan:
             scaling: what is done to all gradients.
         """
         self.look(gradients)
+        self.update(gradients, hyperparameters, scaling)
+
+    def update(
+        self,
+        gradients: Sequence[torch.Tensor | None],
+        hyperparameters: Sequence[Sequence[float | torch.Tensor]],
+        scaling: Scaling,
+    ) -> None:
+        """`run` with gradients at which it has looked."""
         clear_at_once = scaling.clear and self._lie_apart(gradients)
         self.relaunch(hyperparameters, scaling._replace(clear=clear_at_once))
         present = [gradient for gradient in gradients if gradient is not None]

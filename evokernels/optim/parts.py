@@ -211,7 +211,7 @@ class DevicePart:
 
     def step(self, gradients: Gradients, scaling: Scaling) -> None:
         """Count the step and update, all of it on the device, after `look`."""
-        self._plan.run(gradients, self._hyperparameters, scaling.on(self._device))
+        self._plan.update(gradients, self._hyperparameters, scaling.on(self._device))
 
     def repeat(self, scaling: Scaling, commit: Callable[[bool], None]) -> bool:
         """As that of `HostPart`."""
