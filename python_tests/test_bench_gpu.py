@@ -554,6 +554,11 @@ def test_figures_stand_beside_what_is_expected_of_a_t4():
         "| 64M | ours, Triton | of the copy | ≥ 85 % | 84 % | NO |",
     ):
         assert line in page.splitlines()
+    better = copy.deepcopy(RESULTS)
+    better["steps"]["64M"]["contestants"][0]["of the copy"] = 1.02
+    assert "| 64M | ours, CUDA | of the copy | ≥ 85 % | 102 % | yes |" in "\n".join(
+        gpu_report.page(better)
+    )
     other = copy.deepcopy(RESULTS)
     other["environment"]["gpu"] = "NVIDIA H100 80GB HBM3"
     assert "Expected of this GPU" not in "\n".join(gpu_report.page(other))
