@@ -4,7 +4,8 @@
 #   make test     set up, then run all tests
 #
 # make bench times one update, side by side with torch's optimizers, and measures its memory;
-# make fuzz holds 100,000 random optimizers against the definition.
+# make fuzz holds 100,000 random optimizers against the definition;
+# make gpu runs all that needs a GPU, and says so (exit code 3) where there is none.
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +15,7 @@ RUN := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml requirements.txt $(wildcard csrc/*) \
 	$(wildcard evokernels/compiler/*.py)
 
-.PHONY: setup evolve test lint bench fuzz clean
+.PHONY: setup evolve test lint bench fuzz gpu clean
 
 setup: $(VENV)/.done
 
@@ -40,6 +41,9 @@ bench: setup
 
 fuzz: setup
 	$(RUN) bench/fuzz.py --count 100000
+
+gpu: setup
+	$(RUN) bench/gpu.py
 
 clean:
 	rm -rf build *.egg-info evokernels/kernels/libevokernels.so $(VENV)

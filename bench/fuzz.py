@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
         return
     numbers = range(options.seed, options.seed + options.count)
     batches = [numbers[i : i + BATCH] for i in range(0, len(numbers), BATCH)]
-    workers = worker_count(options, threads=1)
+    workers = worker_count(options, threads=1, device="cpu")
     context = multiprocessing.get_context("spawn")  # OpenMP's threads do not survive a fork
     with Bar() as bar, context.Pool(min(workers, len(batches))) as pool:
         for done, failure in enumerate(pool.imap_unordered(first_failure, batches), start=1):

@@ -1,4 +1,5 @@
 import pytest
+import torch
 from cuda_on_host import CudaOnHost
 
 from evokernels.kernels.registry import BACKENDS
@@ -11,3 +12,11 @@ def backend(request, monkeypatch):
     """Every way to run a step on CPU tensors; the CUDA backend's kernels compiled for the host."""
     monkeypatch.setitem(BACKENDS, ON_HOST.name, ON_HOST)
     return request.param
+
+
+def pytest_runtest_setup(item):
+    backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
+    if backend is not None:
+        item.user_properties.append(("backend", backend))  # bench/gpu.py counts by backend
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip(f"torch {torch.__version__} finds no CUDA device")

@@ -324,11 +324,10 @@ def test_a_device_that_is_not_there_is_refused(cuda_devices, count, name, messag
 # On CUDA. Convolutions of the CPU add in another order, and dropout draws other numbers there, so
 # the plain loop on the same device is what a graph is held against.
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 CUDA = torch.device("cuda", 0)
 
 
-@needs_cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("task", [MINI, "cifar10"])
 @pytest.mark.parametrize("genome", [zoo.adam, scheduled])
 def test_a_graph_trains_as_the_plain_loop_on_cuda(monkeypatch, task, genome):
@@ -342,7 +341,7 @@ def test_a_graph_trains_as_the_plain_loop_on_cuda(monkeypatch, task, genome):
     torch.testing.assert_close(graph.weights, plain.weights, rtol=1e-3, atol=1e-4)
 
 
-@needs_cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("genome", [climber, wild])
 def test_a_diverged_run_ends_as_in_the_plain_loop_on_cuda(genome):
     plain = Run("cifar10", genome, 30, device=CUDA)
@@ -351,7 +350,7 @@ def test_a_diverged_run_ends_as_in_the_plain_loop_on_cuda(genome):
     assert all(parameter.isfinite().all() for parameter in graph.weights.values())
 
 
-@needs_cuda
+@pytest.mark.gpu
 def test_an_evaluation_on_cuda_is_reproducible_and_leaves_torch_as_it_was():
     budget, data = Budget(40, BATCH, None), random_images(MINI)
     before = torch.cuda.get_rng_state(CUDA), torch.backends.cudnn.deterministic
