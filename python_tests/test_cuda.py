@@ -297,6 +297,7 @@ def test_tensors_without_a_gradient_are_left_alone_and_not_counted(resident, gua
 @pytest.mark.parametrize("shift", [0, 1])
 def test_a_forbidden_step_does_nothing_but_clear(clear, shift, guarded):
     tensors, gradients = some(guarded, shift=shift)
+    gradients[1] = guarded.copy(torch.stack([gradients[1]] * 2, 1)[:, 1])  # every other element
     steps = Steps(CudaOnHost(), tensors, [BOTH] * 3)
     before, values = bits(steps.results), bits(gradients)
     steps.run([*gradients[:2], None], found_inf=torch.tensor([1.0]), clear=clear)
@@ -403,6 +404,17 @@ def test_sum_of_squares(dtype, most_words, guarded):
         gradients[4] = gradients[4].clone()
         gradients[4][777] = bad
         assert str(steps.plan.sum_of_squares(gradients).item()) == str(abs(bad))
+
+
+def test_sum_of_squares_of_more_chunks_than_threads(guarded):
+    n = 300_001
+    sizes = [n, 3, n]
+    tensors = [bound(SIGN, torch.zeros(size)) for size in sizes]
+    plan = Steps(CudaOnHost(resident=500), tensors, [SIGN] * 3).plan
+    assert len(plan.launches[0].chunks) > 2 * 256
+    assert plan.sum_of_squares([torch.tensor([3.0]).expand(size) for size in sizes]) == 9 * sum(
+        sizes
+    )
 
 
 # launches
