@@ -47,17 +47,7 @@ def test_every_structure_and_pair_of_dtypes_is_compiled():
     assert len(KINDS) == len(set(KINDS)) == 2 * 5 + 6 * 14
 
 
-# This one spills 40 bytes within the 80 registers that three blocks of 256 threads leave, and
-# takes 86 where two are enough: a multiprocessor of sm_90 has twice the threads of sm_75.
-SPILLS = "g_m-float64-bfloat16-sm_90"
-
-
-def marked(case):
-    known = pytest.mark.xfail(strict=True, reason="the launch bounds are those of sm_75")
-    return pytest.param(case, id=case_name(case), marks=[known] * (case_name(case) == SPILLS))
-
-
-@pytest.mark.parametrize("case", [marked(case) for case in CASES])
+@pytest.mark.parametrize("case", CASES, ids=case_name)
 def test_registers_and_memory(code_of, case):
     kind, code = case[0], code_of(*case)
     assert code.spills == 0

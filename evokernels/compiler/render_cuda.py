@@ -17,12 +17,10 @@ from evokernels.compiler.spelling import DTYPES, assignment, indented
 from evokernels.compiler.structure import STEP_INPUTS, Structure, assignments, value_of
 from evokernels.compiler.words import CHUNK, DENSE, GROUP, HEADER, OPERANDS, TENSOR
 
-__all__ = ["BLOCKS_AN_SM", "THREADS", "CudaKind", "render_cuda"]
+__all__ = ["THREADS", "CudaKind", "render_cuda"]
 
 # Of a block.
 THREADS = 256
-# At least; on sm_75, which holds 1,024 threads, three quarters of what it can hold.
-BLOCKS_AN_SM = 3
 
 _WARP = 32
 
@@ -64,7 +62,6 @@ def render_cuda(kinds: Sequence[CudaKind], words: int) -> str:
     numbers = {
         "EVK_THREADS": THREADS,
         "EVK_WARP": _WARP,
-        "EVK_BLOCKS_AN_SM": BLOCKS_AN_SM,
         "EVK_DENSE": f"({DENSE})",
         **{f"EVK_OPERAND_{name.upper()}": place for place, name in enumerate(OPERANDS)},
         "EVK_PRODUCTS": max(len(structure.products) for structure in structures),
