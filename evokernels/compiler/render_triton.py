@@ -1,0 +1,246 @@
+"""Kinds → Triton: the update of an element, the scalars of a step, and the choice among kinds.
+
+The text goes behind that of ``kernels/triton_language.py``, whose functions it uses and which has
+everything else: loops over chunks and elements, formats, random bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from evokernels.compiler.ops import OPS
+from evokernels.compiler.program import Line
+from evokernels.compiler.structure import (
+    GROUP_INPUTS,
+    STEP_INPUTS,
+    Structure,
+    assignments,
+    value_of,
+)
+from evokernels.compiler.terms import base_lr
+from evokernels.compiler.words import GROUP
+
+__all__ = ["TritonKind", "render_module", "room_for_numbers"]
+
+_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+_VECTOR_BYTES = 16
+
+
+@dataclass(frozen=True)
+class TritonKind:
+    """What one element's code depends on; dtypes by name.
+
+    Attributes:
+        arithmetic: the dtype in which it is computed.
+        stochastic: whether bfloat16 is rounded stochastically.
+    """
+
+    structure: Structure
+    parameter: str
+    state: str
+    arithmetic: str
+    stochastic: bool
+
+    @property
+    def vector(self) -> int:
+        """Elements in an access of 16 bytes, of the narrowest operand."""
+        stored = [self.parameter, *([self.state] if self.structure.program.state else [])]
+        return _VECTOR_BYTES // min(_BYTES[dtype] for dtype in stored)
+
+
+def render_module(kinds: Sequence[TritonKind]) -> str:
+    """The kernels ``update(words, numbers)`` and ``squares(words)`` for tensors of these kinds.
+
+    A tensor's kind is its place in `kinds`.
+    """
+    structures = list(dict.fromkeys(kind.structure for kind in kinds))
+    names = {structure: f"{structure.name}_{i}" for i, structure in enumerate(structures)}
+    parts = [
+        *(_scalars(structure, name) for structure, name in names.items()),
+        *(_numbers(structure, name) for structure, name in names.items()),
+        *(_update(kind, i) for i, kind in enumerate(kinds)),
+        _COMPUTE.format(
+            parts=_switch(kinds, lambda kind: f"numbers_{names[kind.structure]}({_NUMBERS})")
+        ),
+        _UPDATE.format(
+            parts="".join(
+                _branch(i, [i], _updated(kind, names[kind.structure], i))
+                for i, kind in enumerate(kinds)
+            )
+        ),
+        _CLEAR.format(
+            parts=_switch(
+                kinds, lambda kind: f"clear_chunk(words, number, {_memory_type(kind.parameter)})"
+            )
+        ),
+        _SQUARES.format(
+            parts=_switch(
+                kinds,
+                lambda kind: (
+                    f"total = squares_of_chunk(words, number, tl.{kind.parameter}, "
+                    f"{_memory_type(kind.parameter)})"
+                ),
+            )
+        ),
+        _KERNELS.format(room=room_for_numbers(kinds)),
+    ]
+    return "\n\n".join(parts)
+
+
+def room_for_numbers(kinds: Sequence[TritonKind]) -> int:
+    """How many float64 each block of ``update`` needs for the scalars of a rule."""
+    return max(len(kind.structure.program.scalars) for kind in kinds)
+
+
+_NUMBERS = "words, group, t, weights, numbers"
+
+_COMPUTE = """\
+@triton.jit
+def compute(kind, words, group, t, weights, numbers):
+{parts}"""
+
+_UPDATE = """\
+@triton.jit
+def update_kind(kind, words, number, t, numbers):
+{parts}"""
+
+_CLEAR = """\
+@triton.jit
+def clear_kind(kind, words, number):
+{parts}"""
+
+_SQUARES = """\
+@triton.jit
+def squares_of_kind(kind, words, number):
+    total = constant(0.0)
+{parts}    return total
+"""
+
+_KERNELS = """\
+@triton.jit
+def update(words, numbers):
+    walk(words, numbers + tl.program_id(0) * {room}, compute, update_kind, clear_kind)
+
+
+@triton.jit
+def squares(words):
+    add_squares(words, squares_of_kind)
+"""
+
+
+def _scalars(structure: Structure, name: str) -> str:
+    """The function that loads what the rule of a structure takes."""
+    roles = structure.program.scalars
+    loads = (
+        f"k{i} = tl.load(numbers + {i}).to(arithmetic)  # {role}" for i, role in enumerate(roles)
+    )
+    values = ", ".join(f"k{i}" for i in range(len(roles)))
+    return (
+        "@triton.jit\n"
+        f"def scalars_{name}(numbers, arithmetic: tl.constexpr):\n"
+        f"{_indented(loads)}"
+        f"    return {values},\n"
+    )
+
+
+def _numbers(structure: Structure, name: str) -> str:
+    """The function that computes them for a step: weighted sums of the structure's products."""
+    products = structure.products
+    lines, operands = assignments([value_of(product) for product in products])
+    values = dict(zip(products, operands, strict=True))
+    needed = {line.target: (line.args, _assignment(line)) for line in lines}
+    for place, symbol in enumerate(GROUP_INPUTS, len(GROUP) - len(GROUP_INPUTS)):
+        read = "learning_rate(group)" if symbol == base_lr else f"float64_in(group, {place})"
+        needed[symbol.name] = ((), f"{symbol.name} = {read}")
+    weights = iter(range(structure.weights))
+    text: list[str] = []
+
+    def value(operand: str) -> str:
+        """An operand, computed where it is first used: registers are few."""
+        args, assignment = needed.pop(operand, ((), None))
+        for arg in args:
+            value(arg)
+        text.extend([assignment] if assignment else [])
+        return _operand(operand)
+
+    for i, products in enumerate(structure.sums):
+        summands = [f"tl.load(weights + {next(weights)}) * {value(values[p])}" for p in products]
+        text.append(f"tl.store(numbers + {i}, {' + '.join(summands)})")
+    return (
+        "@triton.jit\n"
+        f"def numbers_{name}({_NUMBERS}):\n"
+        f"    {', '.join(symbol.name for symbol in STEP_INPUTS)} = step_inputs(words)\n"
+        f"{_indented(text)}"
+    )
+
+
+def _update(kind: TritonKind, place: int) -> str:
+    """The function that updates elements."""
+    program = kind.structure.program
+    dtypes = {"p": kind.parameter, "g": kind.parameter, "m": kind.state, "v": kind.state}
+
+    def load(value: str) -> str:
+        return f"{value} = load({value}_at, inside, tl.{dtypes[value]}, tl.{kind.arithmetic})"
+
+    def store(value: str, result: str) -> str:
+        if kind.stochastic and dtypes[value] == "bfloat16":
+            random = f"draw(where, {value.upper()}_DRAWS, stream, tile)"
+            return f"store_stochastically({value}_at, inside, {result}, {random})"
+        return f"store({value}_at, inside, {result}, tl.{dtypes[value]})"
+
+    lines = [
+        *map(load, program.inputs),
+        f"tl.store(g_at, tl.zeros([tile], {_memory_type(kind.parameter)}), mask=inside & clear)",
+        f"{''.join(f'k{i}, ' for i in range(len(program.scalars)))}= k",
+        *map(_assignment, program.lines),
+        *(store(*result) for result in program.results),
+    ]
+    return (
+        "@triton.jit\n"
+        f"def update_{place}(\n"
+        "    p_at, g_at, m_at, v_at, inside, clear, k, draw: tl.constexpr, where, stream,\n"
+        "    tile: tl.constexpr,\n"
+        f"):\n{_indented(lines)}"
+    )
+
+
+def _updated(kind: TritonKind, name: str, place: int) -> str:
+    scalars, arithmetic = f"scalars_{name}", f"tl.{kind.arithmetic}"
+    how = f"update_{place}, {_memory_type(kind.parameter)}, {_memory_type(kind.state)}, {kind.vector}"
+    return (
+        f"k = {scalars}(numbers, {arithmetic})\n"
+        f"        update_vectors(words, number, t, k, {how})\n"
+        f"        update_elements(words, number, t, numbers, {scalars}, {arithmetic}, {how})"
+    )
+
+
+def _switch(kinds: Sequence[TritonKind], call: Callable[[TritonKind], str]) -> str:
+    """What is called for each kind; kinds that call the same share a branch."""
+    calls: dict[str, list[int]] = {}
+    for i, kind in enumerate(kinds):
+        calls.setdefault(call(kind), []).append(i)
+    return "".join(_branch(n, places, text) for n, (text, places) in enumerate(calls.items()))
+
+
+def _branch(number: int, places: Sequence[int], text: str) -> str:
+    condition = " | ".join(f"(kind == {place})" for place in places)
+    return f"    {'if' if number == 0 else 'elif'} {condition}:\n        {text}\n"
+
+
+def _assignment(line: Line) -> str:
+    return f"{line.target} = {OPS[line.op].triton.format(*map(_operand, line.args))}"
+
+
+def _operand(text: str) -> str:
+    """A name, or a number in float64."""
+    return text if text.isidentifier() else f"constant({text})"
+
+
+def _memory_type(dtype: str) -> str:
+    """As what elements are read: bfloat16 as its bits."""
+    return "tl.uint16" if dtype == "bfloat16" else f"tl.{dtype}"
+
+
+def _indented(lines: Iterable[str]) -> str:
+    return "".join(f"    {line}\n" for line in lines)
