@@ -7,7 +7,6 @@ import functools
 from unittest import mock
 
 import numpy as np
-import torch
 
 from evokernels.kernels.triton import (
     OPTIONS,
@@ -49,13 +48,14 @@ class InterpretedKernel(TritonKernel):
 def interpreted():
     """Functions that are decorated here are interpreted, and so are those that are called."""
     import triton
-    from triton.runtime.interpreter import InterpreterBuilder
+    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(triton.knobs.runtime.scope())
         triton.knobs.runtime.interpret = True
         stack.enter_context(np.errstate(all="ignore"))
         stack.enter_context(mock.patch.object(InterpreterBuilder, "create_fma", fused))
+        stack.enter_context(mock.patch.object(InterpretedFunction, "__call__", call))
         stack.enter_context(mock.patch("evokernels.kernels.triton.module_of", interpreted_module))
         for module, functions in library().items():
             stack.enter_context(mock.patch.multiple(module, **functions))
@@ -82,7 +82,17 @@ def library():
 
 @functools.cache
 def interpreted_module(rendered):
-    return module_of.__wrapped__(rendered)
+    import triton
+
+    module = module_of.__wrapped__(rendered)
+    module.core = triton.language.core  # which makes the interpreter take its functions over too
+    return module
+
+
+def call(self, *args, **kwargs):
+    """A function that a kernel calls. Triton's own takes the language over for each call, which
+    costs most of the time, and never gives it back to the compiler."""
+    return self.rewrite()(*args, **kwargs)
 
 
 def fused(self, x, y, z):

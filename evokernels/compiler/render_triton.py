@@ -7,10 +7,11 @@ everything else: loops over chunks and elements, formats, random bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from evokernels.compiler.ops import OPS
 from evokernels.compiler.program import Line
+from evokernels.compiler.render_c import DTYPES
 from evokernels.compiler.structure import (
     GROUP_INPUTS,
     STEP_INPUTS,
@@ -27,20 +28,18 @@ _BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 _VECTOR_BYTES = 16
 
 
-@dataclass(frozen=True)
-class TritonKind:
-    """What one element's code depends on; dtypes by name.
-
-    Attributes:
-        arithmetic: the dtype in which it is computed.
-        stochastic: whether bfloat16 is rounded stochastically.
-    """
+class TritonKind(NamedTuple):
+    """What the code of one element depends on, dtypes by name."""
 
     structure: Structure
     parameter: str
     state: str
-    arithmetic: str
     stochastic: bool
+
+    @property
+    def arithmetic(self) -> str:
+        """The dtype in which it is computed."""
+        return DTYPES[self.parameter].arithmetic
 
     @property
     def vector(self) -> int:

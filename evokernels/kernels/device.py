@@ -231,7 +231,9 @@ class DevicePlan:
         keys = [None if g is None else layout_key(g) for g in gradients]
         if keys != self._gradient_keys:
             self._adapt(gradients, keys)
-        self._addresses = [address or 0 for address in addresses_of(gradients)]
+        # an empty gradient may have no address; any but 0 says that it is there, and counts
+        addresses = addresses_of(gradients)
+        self._addresses = [0 if a is None else a or ALIGNMENT for a in addresses]
         for launch in self.launches:
             launch.gradients[:] = self._addresses[launch.first : launch.end]
 

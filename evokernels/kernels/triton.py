@@ -133,8 +133,8 @@ class _Words:
 
 def triton_kind(kind: Kind) -> TritonKind:
     """A kind in the terms of the compiler."""
-    dtypes = (str(d).removeprefix("torch.") for d in (kind.parameter, kind.state, kind.arithmetic))
-    return TritonKind(kind.structure, *dtypes, kind.stochastic)
+    parameter, state = (str(d).removeprefix("torch.") for d in (kind.parameter, kind.state))
+    return TritonKind(kind.structure, parameter, state, kind.stochastic)
 
 
 @functools.cache
