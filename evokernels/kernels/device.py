@@ -18,7 +18,7 @@ import torch
 from evokernels.compiler.lower import Rule
 from evokernels.compiler.program import Program
 from evokernels.compiler.structure import Structure, structure_of, weights_of
-from evokernels.compiler.words import DENSE, GROUP, HEADER, TENSOR
+from evokernels.compiler.words import DENSE, GROUP, HEADER, OPERANDS, TENSOR
 from evokernels.errors import OptimizerError
 from evokernels.kernels.launches import Launch, chunk_length, cut, split
 from evokernels.kernels.memory import (
@@ -159,6 +159,8 @@ class DevicePlan:
         weights = [weights_of(rule, s) for rule, s in zip(rules, structures, strict=True)]
         starts = np.cumsum([0, *map(len, weights)])
         self._records = np.zeros(len(tensors), [(name, np.int64) for name in TENSOR])
+        for operand in OPERANDS:  # a gradient seen for the first time differs if it is not dense
+            self._records[f"{operand}_layout"] = DENSE
         for launch in self.launches:
             for i, group in zip(launch.members, launch.group_of_tensor, strict=True):
                 kind = self.kinds.index(kinds[i])

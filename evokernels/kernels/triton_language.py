@@ -441,10 +441,10 @@ def update_elements(
     chunk = chunk_at(words, number)
     tensor = tensor_of(words, chunk)
     gradient = gradient_of(words, chunk)
-    done = vectors_for_update(chunk, tensor, gradient, vector)
+    first = tl.load(chunk + CHUNK_FIRST) + vectors_for_update(chunk, tensor, gradient, vector)
     end = tl.load(chunk + CHUNK_END)
-    for start in range(tl.load(chunk + CHUNK_FIRST) + done, end, THREADS):
-        i = start + tl.arange(0, THREADS)
+    for done in range(0, end - first, THREADS):
+        i = first + (done + tl.arange(0, THREADS))
         update(
             elements_at(words, tensor, P, tensor, P_LAYOUT, i, parameter),
             elements_at(words, gradient, 0, tensor, G_LAYOUT, i, parameter),
@@ -464,9 +464,10 @@ def update_elements(
 def clear_chunk(words, number, parameter: tl.constexpr):
     """Zeros into a gradient that is not used."""
     chunk = chunk_at(words, number)
+    first = tl.load(chunk + CHUNK_FIRST)
     end = tl.load(chunk + CHUNK_END)
-    for start in range(tl.load(chunk + CHUNK_FIRST), end, THREADS):
-        i = start + tl.arange(0, THREADS)
+    for done in range(0, end - first, THREADS):
+        i = first + (done + tl.arange(0, THREADS))
         gradient = gradient_of(words, chunk)
         at = elements_at(words, gradient, 0, tensor_of(words, chunk), G_LAYOUT, i, parameter)
         tl.store(at, tl.zeros([THREADS], parameter), mask=i < end)
@@ -492,8 +493,8 @@ def squares_of_chunk(words, number, stored: tl.constexpr, memory: tl.constexpr):
     total = tl.sum(sums)
     sums = tl.zeros([THREADS], tl.float64)
     end = tl.load(chunk + CHUNK_END)
-    for start in range(first + whole, end, THREADS):
-        i = start + tl.arange(0, THREADS)
+    for done in range(whole, end - first, THREADS):
+        i = first + (done + tl.arange(0, THREADS))
         at = elements_at(words, gradient, 0, tensor, G_LAYOUT, i, memory)
         x = load(at, i < end, stored, tl.float64)
         sums += tl.where(i < end, x * x, 0.0)
