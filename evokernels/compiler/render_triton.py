@@ -26,6 +26,11 @@ __all__ = ["TritonKind", "render_module", "room_for_numbers"]
 
 _BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 _VECTOR_BYTES = 16
+# Lines of a program whose values still fit the registers for eight elements at a time.
+_LINES_FOR_EIGHT = 19
+# In the room for numbers: for which group and step they are, then each as float64 and as float32.
+_WORDS_BEFORE = 2
+_WORDS_A_NUMBER = 2
 
 
 class TritonKind(NamedTuple):
@@ -43,9 +48,15 @@ class TritonKind(NamedTuple):
 
     @property
     def vector(self) -> int:
-        """Elements in an access of 16 bytes, of the narrowest operand."""
-        stored = [self.parameter, *([self.state] if self.structure.program.state else [])]
-        return _VECTOR_BYTES // min(_BYTES[dtype] for dtype in stored)
+        """Elements a thread updates at a time: 16 bytes of the widest operand.
+
+        A thread has the same elements of all operands, and what has more than 16 bytes Triton
+        stores by way of shared memory. Where all are of 16 bits and the rule is a long one, 8.
+        """
+        program = self.structure.program
+        stored = [self.parameter, *([self.state] if program.state else [])]
+        most = 4 if self.stochastic or len(program.lines) > _LINES_FOR_EIGHT else 8
+        return min(_VECTOR_BYTES // max(_BYTES[dtype] for dtype in stored), most)
 
 
 def render_module(kinds: Sequence[TritonKind]) -> str:
@@ -56,7 +67,6 @@ def render_module(kinds: Sequence[TritonKind]) -> str:
     structures = list(dict.fromkeys(kind.structure for kind in kinds))
     names = {structure: f"{structure.name}_{i}" for i, structure in enumerate(structures)}
     parts = [
-        *(_scalars(structure, name) for structure, name in names.items()),
         *(_numbers(structure, name) for structure, name in names.items()),
         *(_update(kind, i) for i, kind in enumerate(kinds)),
         _COMPUTE.format(
@@ -64,7 +74,7 @@ def render_module(kinds: Sequence[TritonKind]) -> str:
         ),
         _UPDATE.format(
             parts="".join(
-                _branch(i, [i], _updated(kind, names[kind.structure], i))
+                _branch(i, [i], f"update_chunk({_UPDATED}, {_how(kind, i)})")
                 for i, kind in enumerate(kinds)
             )
         ),
@@ -88,10 +98,11 @@ def render_module(kinds: Sequence[TritonKind]) -> str:
 
 
 def room_for_numbers(kinds: Sequence[TritonKind]) -> int:
-    """How many float64 each block of ``update`` needs for the scalars of a rule."""
-    return max(len(kind.structure.program.scalars) for kind in kinds)
+    """How many words each block of ``update`` needs for the scalars of a rule."""
+    return _WORDS_BEFORE + _WORDS_A_NUMBER * max(len(kind.structure.program.scalars) for kind in kinds)
 
 
+_UPDATED = "words, number, t, numbers"
 _NUMBERS = "words, group, t, weights, numbers"
 
 _COMPUTE = """\
@@ -128,21 +139,6 @@ def squares(words):
 """
 
 
-def _scalars(structure: Structure, name: str) -> str:
-    """The function that loads what the rule of a structure takes."""
-    roles = structure.program.scalars
-    loads = (
-        f"k{i} = tl.load(numbers + {i}).to(arithmetic)  # {role}" for i, role in enumerate(roles)
-    )
-    values = ", ".join(f"k{i}" for i in range(len(roles)))
-    return (
-        "@triton.jit\n"
-        f"def scalars_{name}(numbers, arithmetic: tl.constexpr):\n"
-        f"{_indented(loads)}"
-        f"    return {values},\n"
-    )
-
-
 def _numbers(structure: Structure, name: str) -> str:
     """The function that computes them for a step: weighted sums of the structure's products."""
     products = structure.products
@@ -165,7 +161,7 @@ def _numbers(structure: Structure, name: str) -> str:
 
     for i, products in enumerate(structure.sums):
         summands = [f"tl.load(weights + {next(weights)}) * {value(values[p])}" for p in products]
-        text.append(f"tl.store(numbers + {i}, {' + '.join(summands)})")
+        text.append(f"store_number(numbers, {i}, {' + '.join(summands)})")
     return (
         "@triton.jit\n"
         f"def numbers_{name}({_NUMBERS}):\n"
@@ -188,30 +184,33 @@ def _update(kind: TritonKind, place: int) -> str:
             return f"store_stochastically({value}_at, inside, {result}, {random})"
         return f"store({value}_at, inside, {result}, tl.{dtypes[value]})"
 
+    def assignment(line: Line) -> Iterable[str]:
+        # registers are few, and a scalar comes from the nearest cache: loaded where first used
+        for arg in [arg for arg in dict.fromkeys(line.args) if arg in scalars]:
+            number, role = scalars.pop(arg)
+            yield f"{arg} = load_number(numbers, {number}, tl.{kind.arithmetic})  # {role}"
+        yield _assignment(line)
+
+    scalars = {f"k{i}": (i, role) for i, role in enumerate(program.scalars)}
     lines = [
         *map(load, program.inputs),
         f"tl.store(g_at, tl.zeros([tile], {_memory_type(kind.parameter)}), mask=inside & clear)",
-        f"{''.join(f'k{i}, ' for i in range(len(program.scalars)))}= k",
-        *map(_assignment, program.lines),
+        *(text for line in program.lines for text in assignment(line)),
         *(store(*result) for result in program.results),
     ]
     return (
         "@triton.jit\n"
         f"def update_{place}(\n"
-        "    p_at, g_at, m_at, v_at, inside, clear, k, draw: tl.constexpr, where, stream,\n"
+        "    p_at, g_at, m_at, v_at, inside, clear, numbers, draw: tl.constexpr, where, stream,\n"
         "    tile: tl.constexpr,\n"
         f"):\n{_indented(lines)}"
     )
 
 
-def _updated(kind: TritonKind, name: str, place: int) -> str:
-    scalars, arithmetic = f"scalars_{name}", f"tl.{kind.arithmetic}"
-    how = f"update_{place}, {_memory_type(kind.parameter)}, {_memory_type(kind.state)}, {kind.vector}"
-    return (
-        f"k = {scalars}(numbers, {arithmetic})\n"
-        f"        update_vectors(words, number, t, k, {how})\n"
-        f"        update_elements(words, number, t, numbers, {scalars}, {arithmetic}, {how})"
-    )
+def _how(kind: TritonKind, place: int) -> str:
+    """The function that updates elements of a kind, as what they are read, and how many at once."""
+    memory = _memory_type(kind.parameter), _memory_type(kind.state)
+    return f"update_{place}, {', '.join(memory)}, {kind.vector}"
 
 
 def _switch(kinds: Sequence[TritonKind], call: Callable[[TritonKind], str]) -> str:

@@ -200,7 +200,7 @@ def cospi(x):
 
 @triton.jit
 def from_bits(x, stored: tl.constexpr):
-    """What `memory_type` reads as a number: float32, or what it is stored as."""
+    """A number as it is stored, bfloat16 as its bits, which become float32."""
     if stored == tl.bfloat16:
         return (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -239,6 +239,24 @@ def rounded(x, bits, added):
     return tl.where(x == x, bits + added >> 16, 0x7FC0).to(tl.uint16)
 
 
+@triton.jit
+def to_bits(x, stored: tl.constexpr):
+    """A number as it is stored, rounded to nearest even."""
+    if stored == tl.bfloat16:
+        bits = bfloat16_bits(x)
+        return rounded(x, bits, to_nearest(bits))
+    else:
+        return x.to(stored)
+
+
+@triton.jit
+def to_bits_stochastically(x, random):
+    """As bfloat16; to nearest from the largest finite one on, which has no next."""
+    bits = bfloat16_bits(x)
+    added = tl.where((bits & 0x7FFFFFFF) >= 0x7F7F0000, to_nearest(bits), random)
+    return rounded(x, bits, added)
+
+
 # Random bits
 
 
@@ -269,10 +287,51 @@ def bits_of_elements(i, operand: tl.constexpr, stream, tile: tl.constexpr):
     return tl.where(i % 2 == 0, drawn & 0xFFFF, drawn >> 16)
 
 
+# Numbers of a step, which a block computes once for all chunks of a group, in its part of a table
+
+
+@triton.jit
+def set_numbers_of(numbers, group, t):
+    """What they are the numbers of."""
+    tl.store(numbers, group.to(tl.float64))
+    tl.store(numbers + 1, t)
+
+
+@triton.jit
+def are_numbers_of(numbers, group, t):
+    """Whether they are those of a group in its step `t`."""
+    return (tl.load(numbers) == group.to(tl.float64)) & (tl.load(numbers + 1) == t)
+
+
+@triton.jit
+def forget_numbers(numbers):
+    """Those of the last launch."""
+    tl.store(numbers, -1.0)
+    tl.debug_barrier()
+
+
+@triton.jit
+def store_number(numbers, place: tl.constexpr, x):
+    """A scalar of the rule, for arithmetic in float64 and in float32."""
+    at = numbers + (2 + 2 * place)
+    tl.store(at, x)
+    tl.store((at + 1).to(tl.pointer_type(tl.float32)), x.to(tl.float32))
+
+
+@triton.jit
+def load_number(numbers, place: tl.constexpr, arithmetic: tl.constexpr):
+    """The same, read."""
+    at = numbers + (2 + 2 * place)
+    if arithmetic == tl.float64:
+        return tl.load(at)
+    else:
+        return tl.load((at + 1).to(tl.pointer_type(tl.float32)))
+
+
 # Elements, in rendered functions. They take pointers to `tile` elements of each operand, and:
 #   inside        which of them are meant
 #   clear         whether the gradient becomes zero
-#   k             the scalars of the rule
+#   numbers       the scalars of the rule
 #   draw, where   how, and for which elements, random bits are drawn
 #   stream        seed, position and t of these
 
@@ -286,19 +345,13 @@ def load(at, inside, stored: tl.constexpr, arithmetic: tl.constexpr):
 @triton.jit
 def store(at, inside, x, stored: tl.constexpr):
     """Rounded to nearest even."""
-    if stored == tl.bfloat16:
-        bits = bfloat16_bits(x)
-        tl.store(at, rounded(x, bits, to_nearest(bits)), mask=inside)
-    else:
-        tl.store(at, x.to(stored), mask=inside)
+    tl.store(at, to_bits(x, stored), mask=inside)
 
 
 @triton.jit
 def store_stochastically(at, inside, x, random):
-    """As bfloat16; to nearest from the largest finite one on, which has no next."""
-    bits = bfloat16_bits(x)
-    added = tl.where((bits & 0x7FFFFFFF) >= 0x7F7F0000, to_nearest(bits), random)
-    tl.store(at, rounded(x, bits, added), mask=inside)
+    """As bfloat16."""
+    tl.store(at, to_bits_stochastically(x, random), mask=inside)
 
 
 @triton.jit
@@ -386,7 +439,7 @@ def update_vectors(
     words,
     number,
     t,
-    k,
+    numbers,
     update: tl.constexpr,
     parameter: tl.constexpr,
     state: tl.constexpr,
@@ -395,7 +448,6 @@ def update_vectors(
     """What of a chunk can be accessed by vectors.
 
     Args:
-        k: the scalars of the rule.
         update: rendered.
         parameter, state: as what they are read.
         vector: elements of the narrower of both in an access.
@@ -417,7 +469,7 @@ def update_vectors(
         i = done + tl.arange(0, tile)
         inside = i < whole
         where = first + done
-        update(p + i, g + i, m + i, v + i, inside, clear, k, bits_of_vectors, where, stream, tile)
+        update(p + i, g + i, m + i, v + i, inside, clear, numbers, bits_of_vectors, where, stream, tile)
 
 
 @triton.jit
@@ -426,18 +478,12 @@ def update_elements(
     number,
     t,
     numbers,
-    scalars: tl.constexpr,
-    arithmetic: tl.constexpr,
     update: tl.constexpr,
     parameter: tl.constexpr,
     state: tl.constexpr,
     vector: tl.constexpr,
 ):
-    """The others, one a thread.
-
-    Args:
-        scalars: rendered; those of `numbers` that the rule takes.
-    """
+    """The others, one a thread."""
     chunk = chunk_at(words, number)
     tensor = tensor_of(words, chunk)
     gradient = gradient_of(words, chunk)
@@ -452,12 +498,28 @@ def update_elements(
             elements_at(words, tensor, V, tensor, V_LAYOUT, i, state),
             i < end,
             tl.load(words + CLEAR) != 0,
-            scalars(numbers, arithmetic),
+            numbers,
             bits_of_elements,
             i,
             random_stream(tensor, t),
             THREADS,
         )
+
+
+@triton.jit
+def update_chunk(
+    words,
+    number,
+    t,
+    numbers,
+    update: tl.constexpr,
+    parameter: tl.constexpr,
+    state: tl.constexpr,
+    vector: tl.constexpr,
+):
+    """All of it."""
+    update_vectors(words, number, t, numbers, update, parameter, state, vector)
+    update_elements(words, number, t, numbers, update, parameter, state, vector)
 
 
 @triton.jit
@@ -488,7 +550,7 @@ def squares_of_chunk(words, number, stored: tl.constexpr, memory: tl.constexpr):
     sums = tl.zeros([tile], tl.float64)
     for done in range(0, whole, tile):
         i = done + tl.arange(0, tile)
-        x = load(g + i, i < whole, stored, tl.float64)
+        x = from_bits(tl.load(g + i, mask=i < whole), stored).to(tl.float64)
         sums += tl.where(i < whole, x * x, 0.0)
     total = tl.sum(sums)
     sums = tl.zeros([THREADS], tl.float64)
@@ -496,7 +558,7 @@ def squares_of_chunk(words, number, stored: tl.constexpr, memory: tl.constexpr):
     for done in range(whole, end - first, THREADS):
         i = first + (done + tl.arange(0, THREADS))
         at = elements_at(words, gradient, 0, tensor, G_LAYOUT, i, memory)
-        x = load(at, i < end, stored, tl.float64)
+        x = from_bits(tl.load(at, mask=i < end), stored).to(tl.float64)
         sums += tl.where(i < end, x * x, 0.0)
     return total + tl.sum(sums)
 
@@ -530,29 +592,28 @@ def walk(words, numbers, compute: tl.constexpr, update: tl.constexpr, clear: tl.
         numbers: float64, room for the scalars of each block, apart from those of all others.
         compute, update, clear: rendered, with one part for each kind.
     """
-    known_group = tl.full((), -1, tl.int64)
-    known_t = tl.full((), 0, tl.float64)
-    chunk_count = tl.load(words + CHUNK_COUNT)
-    for number in range(tl.program_id(0).to(tl.int64), chunk_count, tl.num_programs(0)):
+    forget_numbers(numbers)
+    number = tl.program_id(0)
+    while number < tl.load(words + CHUNK_COUNT).to(tl.int32):
         chunk = chunk_at(words, number)
         tensor = tensor_of(words, chunk)
         kind = tl.load(tensor + KIND)
         if tl.load(gradient_of(words, chunk)) != 0:
             if is_taken(words):
-                group = tl.load(tensor + TENSOR_GROUP)
                 counts = pointer(words, COUNTS, tl.float64)
                 t = tl.load(counts + tl.load(chunk + CHUNK_TENSOR)) + 1.0
-                if (group != known_group) | (t != known_t):
-                    tl.debug_barrier()  # others may still read the numbers before
+                group = tl.load(tensor + TENSOR_GROUP)
+                if not are_numbers_of(numbers, group, t):
+                    tl.debug_barrier()  # others may still read those before
                     weights = pointer(words, WEIGHTS, tl.float64) + tl.load(tensor + TENSOR_WEIGHTS)
                     inputs = words + HEADER_WORDS + group * GROUP_WORDS
                     compute(kind, words, inputs, t, weights, numbers)
+                    set_numbers_of(numbers, group, t)
                     tl.debug_barrier()
-                    known_group = group
-                    known_t = t
                 update(kind, words, number, t, numbers)
             elif tl.load(words + CLEAR) != 0:
                 clear(kind, words, number)
+        number += tl.num_programs(0)
     if is_last_block(words):
         if is_taken(words):
             count(words)
