@@ -185,18 +185,21 @@ def _update(kind: TritonKind, place: int) -> str:
         return f"store({value}_at, inside, {result}, tl.{dtypes[value]})"
 
     def assignment(line: Line) -> Iterable[str]:
-        # registers are few, and a scalar comes from the nearest cache: loaded where first used
+        # registers are few: a scalar, which comes from the nearest cache, is loaded where it is
+        # first used, and a result is stored as soon as it is known
         for arg in [arg for arg in dict.fromkeys(line.args) if arg in scalars]:
             number, role = scalars.pop(arg)
             yield f"{arg} = load_number(numbers, {number}, tl.{kind.arithmetic})  # {role}"
         yield _assignment(line)
+        for value, result in program.results:
+            if result == line.target:
+                yield store(value, result)
 
     scalars = {f"k{i}": (i, role) for i, role in enumerate(program.scalars)}
     lines = [
         *map(load, program.inputs),
         f"tl.store(g_at, tl.zeros([tile], {_memory_type(kind.parameter)}), mask=inside & clear)",
         *(text for line in program.lines for text in assignment(line)),
-        *(store(*result) for result in program.results),
     ]
     return (
         "@triton.jit\n"
