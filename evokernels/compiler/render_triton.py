@@ -26,8 +26,6 @@ __all__ = ["TritonKind", "render_module", "room_for_numbers"]
 
 _BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 _VECTOR_BYTES = 16
-# Lines of a program whose values still fit the registers for eight elements at a time.
-_LINES_FOR_EIGHT = 19
 # In the room for numbers: for which group and step they are, then each as float64 and as float32.
 _WORDS_BEFORE = 2
 _WORDS_A_NUMBER = 2
@@ -51,12 +49,10 @@ class TritonKind(NamedTuple):
         """Elements a thread updates at a time: 16 bytes of the widest operand.
 
         A thread has the same elements of all operands, and what has more than 16 bytes Triton
-        stores by way of shared memory. Where all are of 16 bits and the rule is a long one, 8.
+        stores by way of shared memory.
         """
-        program = self.structure.program
-        stored = [self.parameter, *([self.state] if program.state else [])]
-        most = 4 if self.stochastic or len(program.lines) > _LINES_FOR_EIGHT else 8
-        return min(_VECTOR_BYTES // max(_BYTES[dtype] for dtype in stored), most)
+        stored = [self.parameter, *([self.state] if self.structure.program.state else [])]
+        return _VECTOR_BYTES // max(_BYTES[dtype] for dtype in stored)
 
 
 def render_module(kinds: Sequence[TritonKind]) -> str:
