@@ -1,4 +1,4 @@
-"""What a compiled kernel is like: registers and spills, and the accesses of its loops over vectors."""
+"""What a compiled kernel is like: registers, spills, accesses of its loops over vectors."""
 
 from __future__ import annotations
 

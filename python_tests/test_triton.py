@@ -1,5 +1,7 @@
 """The Triton kernels, interpreted on the CPU, against the definition; and what the backend says."""
 
+import sys
+
 import device_cases as cases
 import numpy as np
 import pytest
@@ -25,8 +27,8 @@ per_rounding = pytest.mark.parametrize("rounding", ROUNDINGS.values(), ids=ROUND
 
 @per_dtype
 def test_random_genomes_match_the_reference(dtype):
-    for first in range(0, 12, 4):
-        cases.check_random_genomes(BACKEND, dtype, range(first, first + 4))
+    cases.check_random_genomes(BACKEND, dtype, range(4))
+    cases.check_random_genomes(BACKEND, dtype, range(4, 8))
 
 
 @per_format
@@ -165,7 +167,9 @@ def test_cospi():
 def test_expm1():
     x = -np.logspace(-320, 2.9, 1024)
     exact = np.expm1(x.astype(np.longdouble))
-    assert (np.abs(probed("expm1", x) - exact) <= 2.5 * np.spacing(np.abs(exact.astype(float)))).all()
+    assert (
+        np.abs(probed("expm1", x) - exact) <= 2.5 * np.spacing(np.abs(exact.astype(float)))
+    ).all()
     assert probed("expm1", np.array([-np.inf, 0.0])).tolist() == [-1.0, 0.0]
 
 
@@ -180,6 +184,6 @@ def test_it_says_why_not():
 
 
 def test_it_says_that_triton_is_missing(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "triton", None)
+    monkeypatch.setitem(sys.modules, "triton", None)
     reason = TritonBackend().why_not(lower(zoo.adam).program, torch.device("cuda"), torch.float32)
     assert reason.startswith("Triton cannot be imported")

@@ -1,6 +1,9 @@
 """The Triton kernels compiled for GPUs, without one: what the generated code is like."""
 
 import functools
+import math
+import re
+import struct
 from pathlib import Path
 
 import pytest
@@ -109,8 +112,9 @@ def test_update(case, tmp_path):
     assert loop.stores == tuple(sorted(kind.vector * b for b in [parameter, parameter, *state]))
     assert max(loop.loads) == 16
     assert ".ftz.f32" not in ptx
-    arithmetic = {"float32": "f32", "float64": "f64"}[kind.arithmetic]
-    assert f"div.rn.{arithmetic}" in ptx or "abs" not in kind.structure.name
+    if kind.arithmetic == "float32" and "abs" in kind.structure.name:
+        assert "div.rn.f32" in ptx
+    assert not re.search(r"(div|sqrt|rcp)\.(approx|full)\S*\.f32", ptx)
 
 
 @pytest.mark.parametrize("parameter", SIZES)
@@ -122,18 +126,12 @@ def test_squares(parameter, tmp_path):
     assert (used.stack, used.spilled) == (0, 0)
     (loop,) = vector_loops(ptx)
     assert (loop.loads, loop.stores) == ((16,), ())
-    assert "fma.rn.f64" not in ptx or parameter  # products and sums stay apart
+    assert "fma.rn" not in ptx  # products and sums stay apart
 
 
 def test_numbers_keep_all_digits():
     """Constants of the step's formulas are float64 in the code, not float32 made longer."""
     kind = TritonKind(structures()["g_m_v_abs"], "float64", "float64", False)
     ptx = compiled(render_module([kind]), "update", {"words": "*i64", "numbers": "*fp64"}, 75)
-    for number in (1e-06, 3.141592653589793):
-        assert f"0d{number.hex() and _bits(number)}" in ptx
-
-
-def _bits(number):
-    import struct
-
-    return struct.pack(">d", number).hex().upper()
+    for number in (1e-06, math.pi, 0.5):
+        assert f"0d{struct.pack('>d', number).hex().upper()}" in ptx

@@ -74,7 +74,9 @@ def library():
     replaced = {i: InterpretedFunction(f.fn) for i, f in decorated.items()}
     return {
         module: {
-            name: replaced[id(value)] for name, value in vars(module).items() if id(value) in replaced
+            name: replaced[id(value)]
+            for name, value in vars(module).items()
+            if id(value) in replaced
         }
         for module in modules
     }

@@ -95,7 +95,9 @@ def render_module(kinds: Sequence[TritonKind]) -> str:
 
 def room_for_numbers(kinds: Sequence[TritonKind]) -> int:
     """How many words each block of ``update`` needs for the scalars of a rule."""
-    return _WORDS_BEFORE + _WORDS_A_NUMBER * max(len(kind.structure.program.scalars) for kind in kinds)
+    return _WORDS_BEFORE + _WORDS_A_NUMBER * max(
+        len(kind.structure.program.scalars) for kind in kinds
+    )
 
 
 _UPDATED = "words, number, t, numbers"

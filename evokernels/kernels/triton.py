@@ -21,13 +21,20 @@ from evokernels.compiler.render_triton import TritonKind, render_module, room_fo
 from evokernels.kernels.device import Kind
 from evokernels.kernels.plan import ARITHMETIC
 
-__all__ = ["OPTIONS", "OPTIONS_OF_NVIDIA", "TritonBackend", "TritonKernel", "module_of", "triton_kind"]
+__all__ = [
+    "OPTIONS",
+    "OPTIONS_OF_NVIDIA",
+    "TritonBackend",
+    "TritonKernel",
+    "module_of",
+    "triton_kind",
+]
 
 # What the compiler may not do: contract products and sums, flush to zero. Reads that follow writes
 # leave nothing to pipeline.
 OPTIONS = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
-# The same for functions of the library that CUDA comes with; AMD's keeps denormals by itself. With 80
-# registers three blocks fit, three quarters of the threads that an sm_75 can hold.
+# The same for functions of the library that CUDA comes with; AMD's keeps denormals by itself. With
+# 80 registers three blocks fit, three quarters of the threads that an sm_75 can hold.
 OPTIONS_OF_NVIDIA = {**OPTIONS, "enable_reflect_ftz": False, "maxnreg": 80}
 
 # Of 256 threads that a multiprocessor holds at a time; one more would wait until the others end.
@@ -90,13 +97,15 @@ class TritonKernel:
 
     def update(self, words: np.ndarray, blocks: int) -> None:
         """As `DeviceKernel` says."""
-        table = self._update_words.upload(words)
-        self._module.update[(blocks,)](table, self._numbers, **self._options)
+        with torch.cuda.device_of(self._numbers):  # Triton launches on the current device
+            table = self._update_words.upload(words)
+            self._module.update[(blocks,)](table, self._numbers, **self._options)
 
     def squares(self, words: np.ndarray, blocks: int) -> None:
         """As `DeviceKernel` says."""
-        table = self._squares_words.upload(words)
-        self._module.squares[(blocks,)](table, **self._options)
+        with torch.cuda.device_of(self._numbers):
+            table = self._squares_words.upload(words)
+            self._module.squares[(blocks,)](table, **self._options)
 
 
 class _Words:

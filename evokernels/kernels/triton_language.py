@@ -1,4 +1,4 @@
-"""The shape of the Triton kernels: chunks, vectors, single elements, conversions, random bits, the end.
+"""The shape of the Triton kernels: chunks, vectors, elements, formats, random bits, the end.
 
 `compiler/render_triton.py` writes what differs from rule to rule, and `kernels/triton.py` makes one
 module of both texts: this file is read, not imported, because a decorated function belongs for good
@@ -356,7 +356,7 @@ def store_stochastically(at, inside, x, random):
 
 @triton.jit
 def whole_quotient(a, b):
-    """a // b of numbers below 2^53: dividing int64 is a function call, around which values spill."""
+    """a // b below 2^53: a division of int64 is a function call, around which values spill."""
     quotient = (a.to(tl.float64) / b.to(tl.float64)).to(tl.int64)
     return quotient - (quotient * b > a).to(tl.int64)  # where it was rounded up to the next
 
@@ -469,7 +469,9 @@ def update_vectors(
         i = done + tl.arange(0, tile)
         inside = i < whole
         where = first + done
-        update(p + i, g + i, m + i, v + i, inside, clear, numbers, bits_of_vectors, where, stream, tile)
+        update(
+            p + i, g + i, m + i, v + i, inside, clear, numbers, bits_of_vectors, where, stream, tile
+        )
 
 
 @triton.jit
@@ -614,9 +616,8 @@ def walk(words, numbers, compute: tl.constexpr, update: tl.constexpr, clear: tl.
             elif tl.load(words + CLEAR) != 0:
                 clear(kind, words, number)
         number += tl.num_programs(0)
-    if is_last_block(words):
-        if is_taken(words):
-            count(words)
+    if is_last_block(words) & is_taken(words):
+        count(words)
 
 
 @triton.jit
