@@ -615,6 +615,35 @@ def check_one_launch(backend):
     assert together.counts.tolist() == [2.0] * count + [5.0] * count
 
 
+def check_counts(backend):
+    """Tensors of one group in different steps, side by side."""
+    counts = [0.0, 5.0, 5.0, 2.0, 0.0, 99.0, 98.0, 7.0]
+    starts = [random((9 + i,), torch.float32, i) for i in range(len(counts))]
+    gradients = [random((9 + i,), torch.float32, 50 + i) for i in range(len(counts))]
+    together = Model(backend, [zoo.evolved_2025], [s.clone() for s in starts])
+    together.counts.copy_(torch.tensor(counts))
+    together.step(gradients)
+    assert together.counts.tolist() == [c + 1 for c in counts]
+    for count, start, gradient, tensor in zip(
+        counts, starts, gradients, together.tensors, strict=True
+    ):
+        alone = Model(backend, [zoo.evolved_2025], [start])
+        alone.counts.fill_(count)
+        alone.step([gradient])
+        assert all(map(same_bits, alone.everything(), everything(tensor))), count
+
+
+def check_counts_set_back(backend):
+    """A step that was taken before, as after loading a state, is computed again."""
+    genome = Genome(term_types=["GRAD"], **PLAIN)
+    p, ones = torch.zeros(5), torch.ones(5)
+    model = Model(backend, [genome], [p])
+    for lr in (1.0, 2.0, 4.0):
+        model.counts.zero_()
+        model.step([ones], lr=lr)
+    assert (p == -7).all()
+
+
 def check_several_launches(backend):
     """Where a launch cannot take all addresses."""
 

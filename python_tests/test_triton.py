@@ -123,6 +123,14 @@ def test_one_launch_for_all_kinds():
     cases.check_one_launch(BACKEND)
 
 
+def test_tensors_of_a_group_count_for_themselves():
+    cases.check_counts(BACKEND)
+
+
+def test_counts_may_be_set_back():
+    cases.check_counts_set_back(BACKEND)
+
+
 def test_several_launches():
     cases.check_several_launches(BACKEND)
 
