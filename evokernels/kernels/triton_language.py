@@ -616,8 +616,9 @@ def walk(words, numbers, compute: tl.constexpr, update: tl.constexpr, clear: tl.
             elif tl.load(words + CLEAR) != 0:
                 clear(kind, words, number)
         number += tl.num_programs(0)
-    if is_last_block(words) & is_taken(words):
-        count(words)
+    if is_last_block(words):  # noqa: SIM102
+        if is_taken(words):  # apart: `&` of both costs a register, and some kernels spill
+            count(words)
 
 
 @triton.jit
