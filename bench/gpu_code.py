@@ -20,12 +20,12 @@ from machine_code import Traffic, occupancy, resources, streaming_loops
 from evokernels import Genome, Term
 from evokernels.compiler.lower import lower
 from evokernels.compiler.render_cuda import THREADS
+from evokernels.compiler.spelling import DTYPES, Kind
 from evokernels.compiler.structure import Structure, structure_of
 from evokernels.errors import BackendError
 from evokernels.kernels import nvrtc
 from evokernels.kernels.cuda import LEAST_WORDS
 from evokernels.kernels.cuda_source import cuda_source
-from evokernels.kernels.device import Kind
 from evokernels.kernels.plan import STATE_DTYPES
 
 __all__ = ["Code", "all_kinds", "cuda_code", "least_traffic", "structures"]
@@ -94,15 +94,17 @@ def all_kinds() -> Iterator[Kind]:
         moments = structure.program.state
         for parameter, states in STATE_DTYPES.items():
             for state in states if moments else states[:1]:
-                rounded = torch.bfloat16 in (parameter, *((state,) if moments else ()))
-                for stochastic in (False, True) if rounded else (False,):
-                    yield Kind(structure, parameter, state, stochastic)
+                kind = Kind(structure, _name(parameter), _name(state), False)
+                yield kind
+                if "bfloat16" in kind.stored:
+                    yield kind._replace(stochastic=True)
 
 
 def least_traffic(kind: Kind) -> tuple[int, int]:
     """Bytes that an element must load and store: parameter, gradient and moments once each."""
-    moments = len(kind.structure.program.state) * kind.state.itemsize
-    return 2 * kind.parameter.itemsize + moments, kind.parameter.itemsize + moments
+    parameter, state = DTYPES[kind.parameter].bytes, DTYPES[kind.state].bytes
+    moments = len(kind.structure.program.state) * state
+    return 2 * parameter + moments, parameter + moments
 
 
 def main() -> int:
@@ -170,8 +172,8 @@ def _row(kind: Kind, codes: Sequence[Code], architectures: Sequence[int]) -> lis
     elements = first.traffic.stored[0] / least_traffic(kind)[1]
     return [
         kind.structure.name,
-        _name(kind.parameter),
-        _name(kind.state) + (", stochastic" if kind.stochastic else ""),
+        kind.parameter,
+        kind.state + (", stochastic" if kind.stochastic else ""),
         _each(code.registers for code in codes),
         _each(f"{part:.0%}".rstrip("%") for part in used),
         _each(code.spills for code in codes),

@@ -8,21 +8,22 @@ stores and launches are in ``csrc/``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
 
 from evokernels.compiler import schedule, terms
 from evokernels.compiler.linear import Monomial
 from evokernels.compiler.program import Line
-from evokernels.compiler.spelling import DTYPES, assignment, indented
+from evokernels.compiler.spelling import DTYPES, Kind, assignment, indented
 from evokernels.compiler.structure import STEP_INPUTS, Structure, assignments, value_of
 from evokernels.compiler.words import CHUNK, DENSE, GROUP, HEADER, OPERANDS, TENSOR
 
-__all__ = ["THREADS", "CudaKind", "render_cuda"]
+__all__ = ["THREADS", "render_cuda"]
 
 # Of a block.
 THREADS = 256
 
 _WARP = 32
+# Of an access to memory; a thread has as many elements as fill it in the narrowest tensor.
+_VECTOR_BYTES = 16
 
 _TYPES = {"int64": "int64_t", "uint64": "uint64_t", "float64": "double", "pointer": "void *"}
 
@@ -37,21 +38,7 @@ _FORMATS = {
 _STEP = tuple(symbol.name for symbol in (schedule.t, terms.base_lr, *STEP_INPUTS))
 
 
-class CudaKind(NamedTuple):
-    """What the code of one element depends on, dtypes by name."""
-
-    structure: Structure
-    parameter: str
-    state: str
-    stochastic: bool
-
-    @property
-    def width(self) -> int:
-        """Elements that fill 16 bytes in the narrowest of the tensors."""
-        return 16 // min(DTYPES[self.parameter].bytes, DTYPES[self.state].bytes)
-
-
-def render_cuda(kinds: Sequence[CudaKind], words: int) -> str:
+def render_cuda(kinds: Sequence[Kind], words: int) -> str:
     """The source of a kernel, which includes ``csrc/``.
 
     Args:
@@ -155,9 +142,10 @@ def _choice(cases: Iterable[Sequence[str]]) -> str:
     return f"        switch (i) {{\n{text}        }}\n"
 
 
-def _kind(name: str, kind: CudaKind, structure: str) -> str:
+def _kind(name: str, kind: Kind, structure: str) -> str:
     program = kind.structure.program
     real = DTYPES[kind.parameter].real
+    sizes = (DTYPES[dtype].bytes for dtype in kind.stored)
     has = {moment: str(moment in program.state).lower() for moment in "mv"}
     body, read = [], set()
     for line in program.lines:  # numbers where they are needed: registers are scarce
@@ -174,7 +162,7 @@ def _kind(name: str, kind: CudaKind, structure: str) -> str:
         f"    using Parameter = {_format(kind.parameter, kind.stochastic)};\n"
         f"    using State = {_format(kind.state, kind.stochastic)};\n"
         f"    static constexpr bool M = {has['m']}, V = {has['v']};\n"
-        f"    static constexpr int WIDTH = {kind.width};\n"
+        f"    static constexpr int WIDTH = {_VECTOR_BYTES // min(sizes)};\n"
         "    template <typename Scalars>\n"
         "    EVK_INLINE void update(const Scalars &k, Real &p, Real g, Real &m, Real &v) {\n"
         f"{indented(2, body)}"
