@@ -184,14 +184,19 @@ def test_expm1():
 # the backend
 
 
-def test_it_says_why_not():
+def test_it_says_why_not(monkeypatch):
     program = lower(zoo.adam).program
     why_not = TritonBackend().why_not
+    cuda = torch.device("cuda")
     assert "the tensors are on cpu" in why_not(program, torch.device("cpu"), torch.float32)
-    assert why_not(program, torch.device("cuda"), torch.float32) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert why_not(program, cuda, torch.float32) == "torch finds no CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert why_not(program, cuda, torch.float32) is None
 
 
 def test_it_says_that_triton_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     reason = TritonBackend().why_not(lower(zoo.adam).program, torch.device("cuda"), torch.float32)
     assert reason.startswith("Triton cannot be imported")

@@ -51,6 +51,8 @@ class TritonBackend(DeviceBackend):
         """Other devices, or no Triton."""
         if device.type != "cuda":
             return f"it runs on CUDA and ROCm devices, the tensors are on {device}"
+        if not torch.cuda.is_available():
+            return "torch finds no CUDA device"
         try:
             import triton  # noqa: F401
         except ImportError as error:
