@@ -16,8 +16,7 @@ from evokernels import Genome, Term, zoo
 from evokernels.compiler.evaluate import reference_step
 from evokernels.compiler.lower import lower
 from evokernels.compiler.schedule import learning_rate_factor, schedule_lengths
-from evokernels.compiler.structure import GROUP_INPUTS
-from evokernels.compiler.terms import genome_scalars, log_of
+from evokernels.compiler.terms import GROUP_INPUTS, genome_scalars, log_of
 from evokernels.errors import OptimizerError
 from evokernels.kernels.device import DeviceBackend, DevicePlan, Scaling
 from evokernels.kernels.plan import ARITHMETIC, BoundTensor, Numbers, Rounding

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from evokernels.compiler import schedule, terms
+from evokernels.compiler.expr import Line, assignments
 from evokernels.compiler.linear import Monomial
-from evokernels.compiler.program import Line
 from evokernels.compiler.spelling import DTYPES, Kind, assignment, indented
-from evokernels.compiler.structure import STEP_INPUTS, Structure, assignments, value_of
+from evokernels.compiler.structure import Structure, value_of
 from evokernels.compiler.words import CHUNK, DENSE, GROUP, HEADER, OPERANDS, TENSOR
 
 __all__ = ["THREADS", "render_cuda"]
@@ -35,7 +35,7 @@ _FORMATS = {
 }
 
 # What a step has besides the hyperparameters of a group, or in their place.
-_STEP = tuple(symbol.name for symbol in (schedule.t, terms.base_lr, *STEP_INPUTS))
+_STEP = tuple(symbol.name for symbol in (schedule.t, terms.base_lr, *terms.STEP_INPUTS))
 
 
 def render_cuda(kinds: Sequence[Kind], words: int) -> str:

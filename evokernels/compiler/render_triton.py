@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from evokernels.compiler.expr import Line, assignments
 from evokernels.compiler.ops import OPS
-from evokernels.compiler.program import Line
 from evokernels.compiler.spelling import DTYPES, Kind
 from evokernels.compiler.structure import (
-    GROUP_INPUTS,
-    STEP_INPUTS,
     Structure,
-    assignments,
     value_of,
 )
-from evokernels.compiler.terms import base_lr
+from evokernels.compiler.terms import GROUP_INPUTS, STEP_INPUTS, base_lr
 from evokernels.compiler.words import GROUP
 
 __all__ = ["render_module", "room_for_numbers", "vector_length"]

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from evokernels.compiler.expr import Line
 from evokernels.compiler.ops import OPS
-from evokernels.compiler.program import Line
 from evokernels.compiler.structure import Structure
 
 __all__ = ["DTYPES", "ElementType", "Kind", "assignment", "indented"]
