@@ -110,7 +110,7 @@ def float32_at(words, place, otherwise: tl.constexpr):
 
 @triton.jit
 def step_inputs(words):
-    """`STEP_INPUTS` of compiler/structure.py."""
+    """`STEP_INPUTS` of compiler/terms.py."""
     squares = pointer(words, SQUARES, tl.float64)
     return (
         float32_at(words, GRAD_SCALE, 1.0).to(tl.float64),
