@@ -20,7 +20,7 @@ from evokernels.errors import OptimizerError
 from evokernels.kernels.cpu import CpuPlan
 from evokernels.kernels.device import DeviceBackend, DevicePlan, Scaling, capturing
 from evokernels.kernels.plan import Backend, BoundTensor, Numbers, Plan
-from evokernels.optim.checks import beta_pair, check_counts, nonnegative
+from evokernels.optim.checks import beta_pair, check_counts, check_numbers, nonnegative
 
 __all__ = ["DevicePart", "HostPart", "Member", "Place"]
 
@@ -188,6 +188,7 @@ class DevicePart:
         self._nothing = np.zeros(len(members))
 
         self.captured = False  # whether a graph may read the plan's tables at any time
+        self._captured_rates: list[torch.Tensor] = []  # which it reads as well
 
     @property
     def plans(self) -> list[DevicePlan]:
@@ -231,11 +232,16 @@ class DevicePart:
     def _current_hyperparameters(self) -> list[list[float | torch.Tensor]]:
         """For each group of the plan its values of `GROUP_INPUTS`."""
         captured = capturing(self._device)
-        self.captured |= captured
-        return [self._values(member, captured) for member in self._owners]
+        values = [self._values(member, captured) for member in self._owners]
+        if captured:
+            self.captured = True
+            self._captured_rates += (rate for rate, *_ in values)
+        return values
 
     def _values(self, member: Member, captured: bool) -> list[float | torch.Tensor]:
         group, genome = member.group, member.rule.genome
+        if captured:
+            check_numbers(group)
         beta1, beta2 = beta_pair(group["betas"])
         values = {
             "base_lr": self._learning_rate(group["lr"], captured),
