@@ -62,7 +62,9 @@ def recording(monkeypatch):
     monkeypatch.setitem(BACKENDS, "recording", backend)
     # the memory of a graph is its own as long as it lives
     sums, squares = [], DevicePlan.squares
-    monkeypatch.setattr(DevicePlan, "squares", lambda plan: sums.append(squares(plan)) or sums[-1])
+    monkeypatch.setattr(
+        DevicePlan, "squares", lambda *args: sums.append(squares(*args)) or sums[-1]
+    )
     return backend
 
 
@@ -120,6 +122,20 @@ def test_a_captured_step_replayed_equals_as_many_steps(recording, dtype):
         assert eager.state[p]["step"] == graphed.state[q]["step"] == steps - steps // 10
         for name in eager.state[p]:
             assert torch.equal(eager.state[p][name], graphed.state[q][name])
+
+
+def test_the_long_way_looks_at_each_gradient_once_and_the_short_one_at_none(recording, monkeypatch):
+    looked = []
+    layout_key = device_module.layout_key
+    monkeypatch.setattr(device_module, "layout_key", lambda g: looked.append(g) or layout_key(g))
+    params = parameters()
+    optimizer = optimizer_of(params, max_grad_norm=1.0)
+    counts = []
+    for _ in range(4):
+        looked.clear()
+        optimizer.step()
+        counts.append(len(looked))
+    assert counts == [len(params)] * 2 + [0] * 2
 
 
 def test_a_step_is_one_launch(recording):

@@ -266,15 +266,23 @@ class DevicePlan:
         self.look(gradients)
         return self.squares()
 
-    def squares(self) -> torch.Tensor:
-        """`sum_of_squares` with `addresses` as they are."""
+    def squares(self, chosen: Sequence[bool] | None = None) -> torch.Tensor:
+        """`sum_of_squares` with `addresses` as they are.
+
+        Args:
+            chosen: for each bound tensor whether its gradient belongs to the sum; None for all.
+        """
         chunks = max(len(launch.chunks) for launch in self.launches)
         sums = torch.empty(1 + chunks, dtype=torch.float64, device=self._device)
         for number, launch in enumerate(self.launches):
             launch.header["squares"] = sums.data_ptr()
             launch.header["partial_sums"] = sums[1:].data_ptr()
             launch.header["go_on"] = number > 0
+            addresses = launch.gradients.copy()
+            if chosen is not None:
+                launch.gradients *= chosen[launch.first : launch.end]
             self._kernel.squares(launch.words, launch.blocks)
+            launch.gradients[:] = addresses
         return sums[0]
 
     @property

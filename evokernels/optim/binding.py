@@ -128,12 +128,12 @@ class Binding:
         if strange or not {g.layout for g in gradients if g is not None} <= {torch.strided}:
             for parameter in self._parameters:
                 check_parameter(parameter)
-        if scaling.max_norm < math.inf:
-            squares = self._sum_over_shards(lambda members: self._squares(gradients, members))
-            scaling = scaling._replace(squares=squares)
         # before one is updated: a gradient or a number may be wrong. Members on the host, which
         # come first, are looked at more closely within their step, before they are updated
         as_before = [part.look([gradients[i] for i in members]) for part, members in self._parts]
+        if scaling.max_norm < math.inf:
+            squares = self._sum_over_shards(lambda members: self._squares(gradients, members))
+            scaling = scaling._replace(squares=squares)
         for part, members in self._parts:
             part.step([gradients[i] for i in members], scaling)
         self._tell_dtensors(gradients, scaling.clear)

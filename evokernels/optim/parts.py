@@ -126,7 +126,7 @@ class HostPart:
         return True
 
     def squares(self, gradients: Gradients) -> torch.Tensor:
-        """The sum of the squares of all gradients: float64, 0-d."""
+        """The sum of the squares of these gradients: float64, 0-d."""
         squares = [plan.sum_of_squares([gradients[i] for i in m]) for plan, m in self._plans]
         return torch.tensor(sum(squares), dtype=torch.float64, device="cpu")
 
@@ -226,8 +226,12 @@ class DevicePart:
         return True
 
     def squares(self, gradients: Gradients) -> torch.Tensor:
-        """The sum of the squares of all gradients: float64, 0-d, on the device."""
-        return self._plan.sum_of_squares(gradients)
+        """The sum of the squares of these gradients: float64, 0-d, on the device.
+
+        Args:
+            gradients: those of the last `look`, or None in the place of some.
+        """
+        return self._plan.squares([gradient is not None for gradient in gradients])
 
     def _current_hyperparameters(self) -> list[list[float | torch.Tensor]]:
         """For each group of the plan its values of `GROUP_INPUTS`."""
