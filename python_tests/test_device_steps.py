@@ -173,6 +173,15 @@ def test_steps_take_the_short_way_and_it_changes_nothing(recording, monkeypatch)
     assert len(short) >= 3
 
 
+def test_autograd_is_told_of_gradients_that_the_short_way_clears(recording):
+    params = parameters()
+    optimizer = optimizer_of(params, zero_grads=True)
+    for _ in range(5):  # where they are known to lie apart
+        versions = [p.grad._version for p in params]
+        optimizer.step()
+        assert [p.grad._version for p in params] == [v + 1 for v in versions]
+
+
 def test_a_short_step_with_shared_gradients_goes_the_long_way(recording):
     ps, qs = parameters(), parameters()
     shared = torch.arange(1000.0) - 500
@@ -258,6 +267,22 @@ def test_what_a_graph_reads_outlives_other_rates_and_states(recording, capture):
     optimizer.step()
     assert optimizer._captured == [captured]
     assert rate() is not None
+
+
+@pytest.mark.parametrize(
+    "lr", [torch.empty((), device="meta"), torch.ones(2)], ids=["elsewhere", "two"]
+)
+def test_a_learning_rate_that_the_kernel_cannot_read_is_asked_for_its_value(recording, lr):
+    params = parameters()
+    optimizer = optimizer_of(params)
+    for _ in range(3):  # the long way, then the short one
+        optimizer.step()
+    before = copy.deepcopy(params)
+    optimizer.param_groups[0]["lr"] = lr
+    with pytest.raises(OptimizerError, match="lr must lie in"):
+        optimizer.step()
+    assert_same(params, before)
+    assert {state["step"].item() for state in optimizer.state.values()} == {3.0}
 
 
 @pytest.mark.parametrize(
