@@ -289,3 +289,21 @@ def test_states_of_every_adamw_are_understood(backend, kind, dtype):
     train(back, (r, gradients(2, r)))
     train(torchs, (p, gradients(2, p)))
     assert torch.equal(r, p)
+
+
+@pytest.mark.parametrize("option", ["fused", "capturable"])
+def test_counts_stay_exact_in_a_state_that_once_was_adamws(backend, option):
+    p, q = parameter(4), parameter(4)
+    torchs = torch.optim.AdamW([p])
+    train(torchs, (p, gradients(1, p)))
+    state = torchs.state_dict()
+    state["param_groups"][0][option] = True  # torch then loads counts as float32
+    mine = ours([p], "adamw", backend=backend)
+    mine.load_state_dict(state)
+    train(mine, (p, gradients(1, p)))
+    mine.state[p]["step"].fill_(2.0**24 + 1)
+    other = ours([q], "adamw", backend=backend)
+    other.load_state_dict(mine.state_dict())
+    assert other.state[q]["step"].item() == 2**24 + 1
+    train(other, (q, gradients(1, q)))
+    assert other.state[q]["step"].item() == 2**24 + 2

@@ -1,10 +1,12 @@
 """Steps that a device counts itself: what reaches it, what a captured step goes on with, what is
 refused. The device is the host: the CUDA kernels are compiled for it."""
 
+import contextlib
 import copy
 import dataclasses
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from cuda_on_host import CudaOnHost
 from torch import nn
 
 from evokernels import FusedEvolvedOptimizer, zoo
-from evokernels.errors import OptimizerError
+from evokernels.errors import BackendError, OptimizerError
 from evokernels.kernels import device as device_module
 from evokernels.kernels.device import DevicePlan
 from evokernels.kernels.registry import BACKENDS
@@ -60,7 +62,9 @@ def recording(monkeypatch):
     monkeypatch.setitem(BACKENDS, "recording", backend)
     # the memory of a graph is its own as long as it lives
     sums, squares = [], DevicePlan.squares
-    monkeypatch.setattr(DevicePlan, "squares", lambda plan: sums.append(squares(plan)) or sums[-1])
+    monkeypatch.setattr(
+        DevicePlan, "squares", lambda *args: sums.append(squares(*args)) or sums[-1]
+    )
     return backend
 
 
@@ -120,6 +124,20 @@ def test_a_captured_step_replayed_equals_as_many_steps(recording, dtype):
             assert torch.equal(eager.state[p][name], graphed.state[q][name])
 
 
+def test_the_long_way_looks_at_each_gradient_once_and_the_short_one_at_none(recording, monkeypatch):
+    looked = []
+    layout_key = device_module.layout_key
+    monkeypatch.setattr(device_module, "layout_key", lambda g: looked.append(g) or layout_key(g))
+    params = parameters()
+    optimizer = optimizer_of(params, max_grad_norm=1.0)
+    counts = []
+    for _ in range(4):
+        looked.clear()
+        optimizer.step()
+        counts.append(len(looked))
+    assert counts == [len(params)] * 2 + [0] * 2
+
+
 def test_a_step_is_one_launch(recording):
     params = parameters()
     optimizer = optimizer_of(params)
@@ -153,6 +171,15 @@ def test_steps_take_the_short_way_and_it_changes_nothing(recording, monkeypatch)
             del kept
     assert_same(ps, qs)
     assert len(short) >= 3
+
+
+def test_autograd_is_told_of_gradients_that_the_short_way_clears(recording):
+    params = parameters()
+    optimizer = optimizer_of(params, zero_grads=True)
+    for _ in range(5):  # where they are known to lie apart
+        versions = [p.grad._version for p in params]
+        optimizer.step()
+        assert [p.grad._version for p in params] == [v + 1 for v in versions]
 
 
 def test_a_short_step_with_shared_gradients_goes_the_long_way(recording):
@@ -221,6 +248,165 @@ def test_what_a_graph_reads_is_kept(recording, capture):
     assert optimizer._binding is not captured
     assert optimizer._captured == [captured]
     assert copy.deepcopy(optimizer)._captured == []
+
+
+def test_what_a_graph_reads_outlives_other_rates_and_states(recording, capture):
+    params = parameters()
+    optimizer = optimizer_of(params)
+    optimizer.step()
+    capture(True)
+    optimizer.step()
+    capture(False)
+    captured = optimizer._binding
+    rate = weakref.ref(optimizer.param_groups[0]["lr"])
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["lr"] = torch.tensor(0.5)
+    optimizer.param_groups[0]["lr"] = 1e-3
+    optimizer.load_state_dict(copy.deepcopy(saved))
+    del saved
+    optimizer.step()
+    assert optimizer._captured == [captured]
+    assert rate() is not None
+
+
+@pytest.mark.parametrize(
+    "lr", [torch.empty((), device="meta"), torch.ones(2)], ids=["elsewhere", "two"]
+)
+def test_a_learning_rate_that_the_kernel_cannot_read_is_asked_for_its_value(recording, lr):
+    params = parameters()
+    optimizer = optimizer_of(params)
+    for _ in range(3):  # the long way, then the short one
+        optimizer.step()
+    before = copy.deepcopy(params)
+    optimizer.param_groups[0]["lr"] = lr
+    with pytest.raises(OptimizerError, match="lr must lie in"):
+        optimizer.step()
+    assert_same(params, before)
+    assert {state["step"].item() for state in optimizer.state.values()} == {3.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("betas", (0.9, torch.tensor(0.99))),
+        ("eps", torch.tensor(1e-8)),
+        ("weight_decay", torch.tensor(0.1)),
+    ],
+)
+def test_tensors_that_only_a_capture_would_read_are_refused(recording, capture, name, value):
+    params = parameters()
+    optimizer = optimizer_of(params)
+    optimizer.param_groups[0][name] = value
+    optimizer.step()
+    before = copy.deepcopy(params)
+    capture(True)
+    with pytest.raises(OptimizerError, match=f"{name} of a captured step must be numbers"):
+        optimizer.step()
+    assert_same(params, before)
+
+
+@pytest.mark.parametrize(("backend", "steps"), [("recording", 0), ("eager", 1)])
+def test_a_captured_step_is_refused_before_it_asks_for_found_inf(
+    recording, capture, backend, steps
+):
+    optimizer = optimizer_of(parameters(), backend=backend)
+    for _ in range(steps):
+        optimizer.step()
+    # no value to ask for, as in a capture
+    optimizer.found_inf = torch.zeros(1, device="meta")
+    capture(True)
+    with pytest.raises(OptimizerError, match="cannot be captured"):
+        optimizer.step()
+
+
+def test_a_capture_is_one_of_the_devices_own_stream(monkeypatch):
+    """Torch tells of the current device, whichever tensors are asked about."""
+    current = []
+
+    @contextlib.contextmanager
+    def made_current(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", made_current)
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_current_stream_capturing",
+        lambda: current == [torch.device("cuda", 1)],
+    )
+    assert device_module.capturing(torch.device("cuda", 1))
+    assert not device_module.capturing(torch.device("cuda", 0))
+    assert not device_module.capturing(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64, torch.bool], ids=str)
+def test_what_scales_gradients_may_be_of_any_dtype(recording, dtype):
+    """GradScaler's are float32, which is what the kernel reads."""
+    ps, qs = parameters(), parameters()
+    for params, backend in ((ps, "recording"), (qs, "cpu")):
+        optimizer = optimizer_of(params, backend=backend)
+        for forbidden in (0, 0, 1, 1, 0):
+            optimizer.found_inf = torch.tensor(forbidden).to(dtype)
+            optimizer.grad_scale = torch.tensor([4]).to(dtype)
+            optimizer.step()
+        assert {state["step"].item() for state in optimizer.state.values()} == {3.0}
+    for p, q in zip(ps, qs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+
+
+def test_a_gradient_expanded_where_a_dense_one_was_is_cleared_behind_the_step(recording):
+    memory = torch.empty(40, 40)
+    ps, qs = ([nn.Parameter(torch.ones(40, 40))] for _ in range(2))
+    for params, backend in ((ps, "recording"), (qs, "eager")):
+        optimizer = FusedEvolvedOptimizer(
+            params, zoo.sgd_momentum, backend=backend, zero_grads=True
+        )
+        for gradient in (memory, memory[0].expand(40, 40), memory, memory[0].expand(40, 40)):
+            memory.fill_(1.0)
+            params[0].grad = gradient
+            optimizer.step()
+            assert not gradient.any()
+    torch.testing.assert_close(ps[0], qs[0])
+
+
+@pytest.mark.parametrize("count", [-1.0, math.nan, math.inf])
+def test_a_count_that_nobody_can_have_taken_is_refused(recording, count):
+    params = parameters()
+    optimizer = optimizer_of(params)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["state"][1]["step"] = torch.tensor(count)
+    optimizer.load_state_dict(saved)
+    before = copy.deepcopy(params)
+    with pytest.raises(OptimizerError, match="step in the state must be a whole number"):
+        optimizer.step()
+    assert_same(params, before)
+
+
+def test_gradients_that_change_how_they_lie_take_no_memory_each_time(recording):
+    params = parameters()
+    optimizer = optimizer_of(params)
+    one, other = params[0].grad, params[0].grad.t().contiguous().t()
+    tables = []
+    for t in range(20):
+        params[0].grad = other if t % 2 else one
+        optimizer.step()
+        (plan,) = optimizer._binding.plans
+        tables.append(len(plan._tables))
+    assert tables[2:] == tables[2:3] * 18
+
+
+def test_a_kernel_that_cannot_be_made_leaves_no_state(monkeypatch):
+    class Unable(CudaOnHost):
+        def load(self, kinds, words, device):
+            raise BackendError("no compiler")
+
+    monkeypatch.setitem(BACKENDS, "unable", Unable())
+    optimizer = optimizer_of(parameters(), backend="unable")
+    with pytest.raises(BackendError, match="no compiler"):
+        optimizer.step()
+    assert not optimizer.state
 
 
 @pytest.fixture

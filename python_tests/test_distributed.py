@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from cuda_on_host import CudaOnHost
 from torch import nn
 from torch.distributed._functional_collectives import all_reduce as all_reduce_later
 from torch.distributed.checkpoint.state_dict import (
@@ -39,6 +40,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from evokernels import FusedEvolvedOptimizer, zoo
 from evokernels.errors import OptimizerError
+from evokernels.kernels.registry import BACKENDS
 from evokernels.optim.sharding import SumOverShards, local
 
 GENOMES = {"evolved_2025": zoo.evolved_2025, "adamw": zoo.adamw}
@@ -379,13 +381,18 @@ def check_the_norm_of_all_gradients_is_limited(rank, folder):
     for kind in SPREAD:
         assert_near(limited(kind, [x.chunk(2)[rank] for x in batches]), right)
 
-    partly = network(dtype=torch.float64)
-    fully_shard(partly[0])
-    optimizer = FusedEvolvedOptimizer(partly.parameters(), zoo.adamw, max_grad_norm=1e-3)
-    with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduce:
-        train(partly, optimizer, batches)
-    assert reduce.call_count == STEPS  # one in each, for all shards together
-    assert_near(wholes(partly), right)
+    on_device = CudaOnHost()
+    for backend in ("cpu", on_device.name):
+        partly = network(dtype=torch.float64)
+        fully_shard(partly[0])
+        with mock.patch.dict(BACKENDS, {on_device.name: on_device}):
+            optimizer = FusedEvolvedOptimizer(
+                partly.parameters(), zoo.adamw, max_grad_norm=1e-3, backend=backend
+            )
+            with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduce:
+                train(partly, optimizer, batches)
+        assert reduce.call_count == STEPS  # one in each, for all shards together
+        assert_near(wholes(partly), right)
 
 
 @in_two_processes

@@ -176,7 +176,7 @@ class Host(CudaOnHost):
                 patch.setattr(module, "capturing", lambda device: True)
             # the memory of a graph is its own as long as it lives
             squares = DevicePlan.squares
-            patch.setattr(DevicePlan, "squares", lambda plan: self._keep(squares(plan)))
+            patch.setattr(DevicePlan, "squares", lambda *args: self._keep(squares(*args)))
             try:
                 yield
             finally:

@@ -43,7 +43,10 @@ __all__ = ["DeviceBackend", "DeviceKernel", "DevicePlan", "Scaling", "capturing"
 
 def capturing(device: torch.device) -> bool:
     """Whether what is launched there now goes into a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):  # torch asks the current stream of the current device
+        return torch.cuda.is_current_stream_capturing()
 
 
 # The vector accesses of the kernels.
@@ -115,13 +118,16 @@ class Scaling(NamedTuple):
     clear: bool = False
 
     def on(self, device: torch.device) -> Scaling:
-        """The same for a device; numbers that are on another one are sent there."""
-        tensors = {
-            name: value if value is None else value.to(device, non_blocking=True)
-            for name in ("found_inf", "grad_scale", "squares")
-            for value in (getattr(self, name),)
-        }
-        return self._replace(**tensors)
+        """The same for a device, as its kernel reads them: sent there, of the right dtype."""
+
+        def sent(value: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+            return None if value is None else value.to(device, dtype, non_blocking=True)
+
+        return self._replace(
+            found_inf=sent(self.found_inf, torch.float32),
+            grad_scale=sent(self.grad_scale, torch.float32),
+            squares=sent(self.squares, torch.float64),
+        )
 
 
 class DevicePlan:
@@ -154,8 +160,9 @@ class DevicePlan:
         most_words = max(launch.words for launch in launches)
         self._kernel = backend.load(self.kinds, most_words, self._device)
         self.launches = [_Launch(self._kernel.resident, launch, tensors) for launch in launches]
-        # everything that kernels read, captured ones too: a table is replaced, never written again
-        self._tables: list[torch.Tensor] = []
+        # everything that kernels read, captured ones too: a table is replaced, never written again;
+        # by content, for gradients that lie now in one way, now in another
+        self._tables: dict[bytes, torch.Tensor] = {}
         self._layouts: dict[tuple[int, ...], int] = {}  # in the order and at the places of a table
         self._layout_words = 0
         weights = [weights_of(rule, s) for rule, s in zip(rules, structures, strict=True)]
@@ -178,7 +185,7 @@ class DevicePlan:
         self._upload_records()
         self._gradient_keys: list[tuple | None] = [None] * len(tensors)
         self._updated: list[torch.Tensor] = []  # parameters that have a gradient
-        self._addresses_apart: list[int] | None = None  # of gradients known to share no memory
+        self._addresses_apart: bytes | None = None  # of gradients known to share no memory
 
     def run(
         self,
@@ -237,15 +244,23 @@ class DevicePlan:
         self.look(gradients)
         return self.squares()
 
-    def squares(self) -> torch.Tensor:
-        """`sum_of_squares` with `addresses` as they are."""
+    def squares(self, chosen: Sequence[bool] | None = None) -> torch.Tensor:
+        """`sum_of_squares` with `addresses` as they are.
+
+        Args:
+            chosen: for each bound tensor whether its gradient belongs to the sum; None for all.
+        """
         chunks = max(len(launch.chunks) for launch in self.launches)
         sums = torch.empty(1 + chunks, dtype=torch.float64, device=self._device)
         for number, launch in enumerate(self.launches):
             launch.header["squares"] = sums.data_ptr()
             launch.header["partial_sums"] = sums[1:].data_ptr()
             launch.header["go_on"] = number > 0
+            addresses = launch.gradients.copy()
+            if chosen is not None:
+                launch.gradients *= chosen[launch.first : launch.end]
             self._kernel.squares(launch.words, launch.blocks)
+            launch.gradients[:] = addresses
         return sums[0]
 
     @property
@@ -288,6 +303,7 @@ class DevicePlan:
     def _adapt(self, gradients: Sequence[torch.Tensor | None], keys: list[tuple | None]) -> None:
         known = self._gradient_keys
         self._gradient_keys = [None] * len(keys)  # an error below leaves nothing half known
+        self._addresses_apart = None  # expanded ones overlap at the same addresses
         before = self._records["g_layout"].copy()
         now = before.copy()
         for i, (bound, gradient) in enumerate(zip(self._tensors, gradients, strict=True)):
@@ -316,8 +332,8 @@ class DevicePlan:
             self._addresses_apart = self._addresses()
         return True
 
-    def _addresses(self) -> list[int]:
-        return [address for launch in self.launches for address in launch.gradients.tolist()]
+    def _addresses(self) -> bytes:
+        return b"".join(launch.gradients.tobytes() for launch in self.launches)
 
     def _fill(
         self, record: np.void, bound: BoundTensor, order: Sequence[int], kind: int, group: int
@@ -356,9 +372,11 @@ class DevicePlan:
 
     def _upload(self, table: np.ndarray) -> int:
         """The address of a table on the device."""
-        words = np.ascontiguousarray(table).view(np.int64).reshape(-1)
-        self._tables.append(torch.from_numpy(words.copy()).to(self._device))
-        return self._tables[-1].data_ptr()
+        content = table.tobytes()
+        if content not in self._tables:
+            words = torch.from_numpy(np.frombuffer(content, np.int64).copy())
+            self._tables[content] = words.to(self._device)
+        return self._tables[content].data_ptr()
 
 
 class _Launch:

@@ -38,7 +38,6 @@ class Binding:
         steps: for each place where members are counted, how often they were updated, in their
             order: one float64 tensor, of which every ``state["step"]`` is a view, so that counting
             is one operation for the whole model.
-        groups, state: the optimizer's.
     """
 
     def __init__(
@@ -46,11 +45,9 @@ class Binding:
         members: Sequence[Member],
         waiting: Sequence[torch.Tensor],
         steps: Mapping[Place | None, torch.Tensor],
-        groups: list[dict[str, Any]],
-        state: Mapping[Any, Any],
     ) -> None:
         self._waiting = waiting
-        self._foundation = _foundation(groups, state)
+        self._foundation: list[Any] = []
         self._parameters = [member.parameter for member in members]
         self._local = [member.bound.parameter for member in members]
         self._sharded = [i for i, p in enumerate(self._parameters) if p is not self._local[i]]
@@ -83,6 +80,10 @@ class Binding:
     def captured(self) -> bool:
         """Whether a CUDA graph may read the plans' tables at any time."""
         return any(isinstance(part, DevicePart) and part.captured for part, _ in self._parts)
+
+    def rest_on(self, groups: list[dict[str, Any]], state: Mapping[Any, Any]) -> None:
+        """Take the optimizer's groups and state, as they are now, for what was bound."""
+        self._foundation = _foundation(groups, state)
 
     def is_current(self, groups: list[dict[str, Any]], state: Mapping[Any, Any]) -> bool:
         """Whether all is as it was bound, and none of the waiting parameters has a gradient."""
@@ -127,12 +128,12 @@ class Binding:
         if strange or not {g.layout for g in gradients if g is not None} <= {torch.strided}:
             for parameter in self._parameters:
                 check_parameter(parameter)
-        if scaling.max_norm < math.inf:
-            squares = self._sum_over_shards(lambda members: self._squares(gradients, members))
-            scaling = scaling._replace(squares=squares)
         # before one is updated: a gradient or a number may be wrong. Members on the host, which
         # come first, are looked at more closely within their step, before they are updated
         as_before = [part.look([gradients[i] for i in members]) for part, members in self._parts]
+        if scaling.max_norm < math.inf:
+            squares = self._sum_over_shards(lambda members: self._squares(gradients, members))
+            scaling = scaling._replace(squares=squares)
         for part, members in self._parts:
             part.step([gradients[i] for i in members], scaling)
         self._tell_dtensors(gradients, scaling.clear)

@@ -26,6 +26,7 @@ __all__ = [
     "check_moment",
     "check_moment_memory",
     "check_not_captured",
+    "check_numbers",
     "check_parameter",
     "nonnegative",
 ]
@@ -106,14 +107,25 @@ def beta_pair(betas: Any) -> tuple[float, float]:
     return nonnegative("betas", beta1, 1.0), nonnegative("betas", beta2, 1.0)
 
 
-def check_not_captured(parameters: Iterable[torch.Tensor]) -> None:
-    """Raises OptimizerError while a step of these parameters goes into a CUDA graph."""
-    for device in {parameter.device for parameter in parameters}:
+def check_not_captured(tensors: Iterable[torch.Tensor]) -> None:
+    """Raises OptimizerError while a step on their devices goes into a CUDA graph."""
+    for device in {tensor.device for tensor in tensors}:
         if capturing(device):
             raise OptimizerError(
                 f"this step on {device} cannot be captured, since it needs the host: state and "
                 "tables are made in the first step, so take one before the capture; and backends "
                 "other than 'cuda' and 'triton' count steps on the host"
+            )
+
+
+def check_numbers(group: dict[str, Any]) -> None:
+    """Raises OptimizerError for tensors in a captured step whose values are read on the host."""
+    for name in ("betas", "eps", "weight_decay"):
+        value = group[name]
+        if any(map(torch.is_tensor, value if isinstance(value, (tuple, list)) else (value,))):
+            raise OptimizerError(
+                f"{name} of a captured step must be numbers, which it keeps for ever: a tensor is "
+                "read when it is captured, never in replays"
             )
 
 

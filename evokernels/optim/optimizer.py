@@ -20,6 +20,7 @@ from evokernels.kernels.registry import select
 from evokernels.optim.binding import Binding
 from evokernels.optim.checks import (
     check_apart,
+    check_counts,
     check_flag,
     check_genome,
     check_group,
@@ -178,10 +179,12 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
         max_norm = math.inf if self.max_grad_norm is None else self.max_grad_norm
         scaling = Scaling(found_inf, grad_scale, max_norm, None, self.zero_grads)
         binding = self._binding
-        if found_inf is not None and (binding is None or binding.needs_host) and found_inf.item():
-            if self.zero_grads:
-                self.zero_grad(set_to_none=False)
-            return loss
+        if found_inf is not None and (binding is None or binding.needs_host):
+            check_not_captured([found_inf])
+            if found_inf.item():
+                if self.zero_grads:
+                    self.zero_grad(set_to_none=False)
+                return loss
         if binding is None or not binding.repeat(self.param_groups, self.state, scaling):
             if binding is None or not binding.is_current(self.param_groups, self.state):
                 self._unbind()
@@ -209,16 +212,17 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._binding, self._captured = None, []
+        # a new object has neither; graphs outlive the loading of a state
+        self._binding = getattr(self, "_binding", None)
+        self._captured = getattr(self, "_captured", [])
+        self._unbind()
         for group in self.param_groups:
             for parameter in group["params"]:
                 values = self.state.get(parameter, {})
                 for name, value in values.items():
                     if isinstance(value, _Uncast):
-                        dtype = _state_dtype(group, parameter)
+                        dtype = torch.float64 if name == "step" else _state_dtype(group, parameter)
                         values[name] = value.tensor.to(parameter.device, dtype, copy=True)
-                if isinstance(values.get("step"), torch.Tensor):  # torch shares it with its source
-                    values["step"] = values["step"].clone()
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's list leaves out what a subclass adds; the binding points into memory
@@ -256,8 +260,8 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
                 named = {_STATE_NAMES[name]: moment for name, moment in moments.items()}
                 states.append((float(state.get("step", 0.0)), named))
         check_apart([member.parameter for member in members])
-        # nothing has changed up to here, and nothing fails from here on
-        steps = {}
+        check_counts(count for count, _ in states)
+        steps, views = {}, []
         for place in dict.fromkeys(member.place for member in members):
             chosen = [i for i, member in enumerate(members) if member.place == place]
             steps[place] = torch.tensor(
@@ -265,9 +269,13 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
                 dtype=torch.float64,
                 device="cpu" if place is None else place[1],
             )
-            for i, step in zip(chosen, steps[place], strict=True):
-                self.state[members[i].parameter].update(step=step, **states[i][1])
-        return Binding(members, waiting, steps, self.param_groups, self.state)
+            views += zip(chosen, steps[place], strict=True)
+        binding = Binding(members, waiting, steps)
+        # nothing has changed up to here, and nothing fails from here on
+        for i, step in views:
+            self.state[members[i].parameter].update(step=step, **states[i][1])
+        binding.rest_on(self.param_groups, self.state)
+        return binding
 
 
 def _pack_genomes(optimizer: FusedEvolvedOptimizer, state_dict: dict[str, Any]) -> None:
@@ -277,10 +285,11 @@ def _pack_genomes(optimizer: FusedEvolvedOptimizer, state_dict: dict[str, Any]) 
 
 @dataclass(frozen=True)
 class _Uncast:
-    """A moment on its way through torch's load_state_dict.
+    """A moment or step count on its way through torch's load_state_dict.
 
     Torch casts every tensor of the state to the dtype of its parameter; moments of a 16-bit
-    parameter would lose half their digits.
+    parameter would lose half their digits. Counts become float32 where the state once was that of
+    a fused or capturable AdamW, and would end at 2^24.
     """
 
     tensor: torch.Tensor
@@ -301,8 +310,12 @@ def _prepare_to_load(
             moments = {n: state[i][n] for n in _STATE_NAMES.values() if n in state.get(i, {})}
             for name, moment in moments.items():
                 check_moment(name, moment, parameter)
-            if moments:
-                state[i] = {**state[i], **{n: _Uncast(moment) for n, moment in moments.items()}}
+            steps = {
+                n: t for n, t in state.get(i, {}).items() if n == "step" and torch.is_tensor(t)
+            }
+            if moments or steps:
+                uncast = {name: _Uncast(tensor) for name, tensor in {**moments, **steps}.items()}
+                state[i] = {**state[i], **uncast}
     groups += state_dict["param_groups"][len(groups) :]  # too many: torch's error says so
     return {**state_dict, "state": state, "param_groups": groups}
 

@@ -19,7 +19,7 @@ from evokernels.errors import OptimizerError
 from evokernels.kernels.cpu import CpuPlan
 from evokernels.kernels.device import DeviceBackend, DevicePlan, Scaling, capturing
 from evokernels.kernels.plan import Backend, BoundTensor, Numbers, Plan
-from evokernels.optim.checks import beta_pair, check_counts, nonnegative
+from evokernels.optim.checks import beta_pair, check_counts, check_numbers, nonnegative
 
 __all__ = ["DevicePart", "HostPart", "Member", "Place"]
 
@@ -130,7 +130,7 @@ class HostPart:
         return True
 
     def squares(self, gradients: Gradients) -> torch.Tensor:
-        """The sum of the squares of all gradients: float64, 0-d."""
+        """The sum of the squares of these gradients: float64, 0-d."""
         squares = [plan.sum_of_squares([gradients[i] for i in m]) for plan, m in self._plans]
         return torch.tensor(sum(squares), dtype=torch.float64, device="cpu")
 
@@ -182,6 +182,7 @@ class DevicePart:
         self._nothing = np.zeros(len(members))
 
         self.captured = False  # whether a graph may read the plan's tables at any time
+        self._captured_rates: list[torch.Tensor] = []  # which it reads as well
 
     @property
     def plans(self) -> list[DevicePlan]:
@@ -219,17 +220,27 @@ class DevicePart:
         return True
 
     def squares(self, gradients: Gradients) -> torch.Tensor:
-        """The sum of the squares of all gradients: float64, 0-d, on the device."""
-        return self._plan.sum_of_squares(gradients)
+        """The sum of the squares of these gradients: float64, 0-d, on the device.
+
+        Args:
+            gradients: those of the last `look`, or None in the place of some.
+        """
+        return self._plan.squares([gradient is not None for gradient in gradients])
 
     def _current_hyperparameters(self) -> list[tuple[float | torch.Tensor, ...]]:
         """For each group of the plan its values of `GROUP_INPUTS`."""
         captured = capturing(self._device)
-        self.captured |= captured
-        return [
+        if captured:
+            for member in self._owners:
+                check_numbers(member.group)
+        inputs = [
             _group_inputs(member, self._learning_rate(member.group["lr"], captured))
             for member in self._owners
         ]
+        if captured:
+            self.captured = True
+            self._captured_rates += (rate for rate, *_ in inputs)
+        return inputs
 
     def _learning_rate(self, lr: Any, captured: bool) -> float | torch.Tensor:
         """A tensor that the kernel reads, where it can; otherwise its value."""
