@@ -20,12 +20,12 @@ from machine_code import Traffic, occupancy, resources, streaming_loops
 from evokernels import Genome, Term
 from evokernels.compiler.lower import lower
 from evokernels.compiler.render_cuda import THREADS
+from evokernels.compiler.spelling import DTYPES, Kind
 from evokernels.compiler.structure import Structure, structure_of
 from evokernels.errors import BackendError
 from evokernels.kernels import nvrtc
 from evokernels.kernels.cuda import LEAST_WORDS
 from evokernels.kernels.cuda_source import cuda_source
-from evokernels.kernels.device import Kind
 from evokernels.kernels.plan import STATE_DTYPES
 
 __all__ = ["Code", "all_kinds", "cuda_code", "least_traffic", "structures"]
@@ -43,7 +43,7 @@ class Code:
         registers: a thread.
         spills: bytes of stack, and bytes stored to it and loaded from it.
         traffic: of the loop over elements, one pass of one thread.
-        seconds: that the compiler took.
+        seconds: of processor time that the compiler took.
         size: of the machine code, in bytes.
     """
 
@@ -58,9 +58,9 @@ class Code:
 def cuda_code(kind: Kind, architecture: int) -> Code:
     """What NVRTC makes of it."""
     source = cuda_source([kind], LEAST_WORDS)
-    start = time.perf_counter()
+    start = time.thread_time()  # others may be at work on this machine
     compiled = nvrtc.compiled(source, architecture, nvrtc.VERBOSE)
-    seconds = time.perf_counter() - start
+    seconds = time.thread_time() - start
     functions = resources(compiled.log)
     (traffic,) = (t for t in streaming_loops(compiled.ptx, "evk_update") if t.stored[1])
     return Code(
@@ -94,15 +94,17 @@ def all_kinds() -> Iterator[Kind]:
         moments = structure.program.state
         for parameter, states in STATE_DTYPES.items():
             for state in states if moments else states[:1]:
-                rounded = torch.bfloat16 in (parameter, *((state,) if moments else ()))
-                for stochastic in (False, True) if rounded else (False,):
-                    yield Kind(structure, parameter, state, stochastic)
+                kind = Kind(structure, _name(parameter), _name(state), False)
+                yield kind
+                if "bfloat16" in kind.stored:
+                    yield kind._replace(stochastic=True)
 
 
 def least_traffic(kind: Kind) -> tuple[int, int]:
     """Bytes that an element must load and store: parameter, gradient and moments once each."""
-    moments = len(kind.structure.program.state) * kind.state.itemsize
-    return 2 * kind.parameter.itemsize + moments, kind.parameter.itemsize + moments
+    parameter, state = DTYPES[kind.parameter].bytes, DTYPES[kind.state].bytes
+    moments = len(kind.structure.program.state) * state
+    return 2 * parameter + moments, parameter + moments
 
 
 def main() -> int:
@@ -170,8 +172,8 @@ def _row(kind: Kind, codes: Sequence[Code], architectures: Sequence[int]) -> lis
     elements = first.traffic.stored[0] / least_traffic(kind)[1]
     return [
         kind.structure.name,
-        _name(kind.parameter),
-        _name(kind.state) + (", stochastic" if kind.stochastic else ""),
+        kind.parameter,
+        kind.state + (", stochastic" if kind.stochastic else ""),
         _each(code.registers for code in codes),
         _each(f"{part:.0%}".rstrip("%") for part in used),
         _each(code.spills for code in codes),

@@ -14,6 +14,11 @@
 
 #ifdef __CUDACC_RTC__
 
+/* How many blocks a multiprocessor should hold at least. Three quarters of an sm_75, which holds 1,024
+ * threads; newer ones hold 1,536 or 2,048 with as many registers, and two blocks ask for more memory
+ * at a time than its latency needs. */
+#define EVK_BLOCKS_AN_SM (__CUDA_ARCH__ < 800 ? 3 : 2)
+
 /* The block of words is an argument of the kernel itself: read where it is needed, never copied. */
 #define EVK_KERNEL(name, Shared, block_function)                                             \
     extern "C" __global__ void __launch_bounds__(EVK_THREADS, EVK_BLOCKS_AN_SM)              \

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from evokernels.compiler.program import Program
+from evokernels.compiler.spelling import Kind
 from evokernels.kernels.cuda_source import cuda_source
-from evokernels.kernels.device import DeviceBackend, Kind
+from evokernels.kernels.device import DeviceBackend
 
 __all__ = ["MOST_WORDS", "THREADED", "CudaOnHost"]
 

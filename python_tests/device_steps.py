@@ -10,8 +10,7 @@ import torch
 from evokernels import Genome
 from evokernels.compiler.lower import lower
 from evokernels.compiler.schedule import schedule_lengths
-from evokernels.compiler.structure import GROUP_INPUTS
-from evokernels.compiler.terms import log_of
+from evokernels.compiler.terms import GROUP_INPUTS, log_of
 from evokernels.kernels.device import DeviceBackend, DevicePlan, Scaling
 from evokernels.kernels.plan import BoundTensor, Rounding
 

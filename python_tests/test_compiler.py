@@ -17,11 +17,11 @@ from evokernels.compiler import terms
 from evokernels.compiler.canonical import canonical_key
 from evokernels.compiler.covers import COVERS, find_cover
 from evokernels.compiler.describe import formula
-from evokernels.compiler.expr import ON_ARRAYS, Call, clamp, compiled, sign, sqrt, substitute
+from evokernels.compiler.expr import ON_ARRAYS, Call, Line, clamp, compiled, sign, sqrt, substitute
 from evokernels.compiler.linear import linear, linear_expr
 from evokernels.compiler.lower import lower
 from evokernels.compiler.ops import OPS
-from evokernels.compiler.program import Line, Program
+from evokernels.compiler.program import Program
 from evokernels.compiler.render_c import STORED, render_function
 
 CSRC = pathlib.Path(__file__).parents[1] / "csrc"

@@ -18,17 +18,17 @@ from device_steps import Guarded, Steps
 
 from evokernels import zoo
 from evokernels.compiler.lower import lower
+from evokernels.compiler.spelling import Kind
 from evokernels.compiler.structure import structure_of
 from evokernels.errors import BackendError
 from evokernels.kernels import cuda, nvrtc
 from evokernels.kernels.cuda import CudaBackend, capacity
-from evokernels.kernels.device import Kind
 from evokernels.kernels.driver import Driver
 
 pytestmark = pytest.mark.skipif(nvrtc.why_not() is not None, reason=str(nvrtc.why_not()))
 
 RULE = lower(zoo.adamw)
-KINDS = (Kind(structure_of(RULE), torch.float32, torch.float32, False),)
+KINDS = (Kind(structure_of(RULE), "float32", "float32", False),)
 CONTEXT, MODULE = "context of device {}", "module"
 
 

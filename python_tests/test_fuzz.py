@@ -1,5 +1,7 @@
 """A short run of bench/fuzz.py, and that it sees what it is there to see."""
 
+import math
+
 import fuzz
 import pytest
 import torch
@@ -44,7 +46,7 @@ def test_a_planted_defect_is_found(monkeypatch, defect):
 
 def unlimited(scaling, squares):
     """`max_grad_norm` is forgotten."""
-    return 1.0
+    return 1.0, math.inf, 0.0
 
 
 def to_nearest(group, parameter, position):
@@ -59,7 +61,7 @@ def of_the_neighbour(group, parameter, position):
 @pytest.mark.parametrize(
     ("module", "name", "defective"),
     [
-        (parts, "_factor", unlimited),
+        (parts, "_step_inputs", unlimited),
         (optimizer, "_rounding", to_nearest),
         (optimizer, "_rounding", of_the_neighbour),
     ],

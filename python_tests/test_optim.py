@@ -938,7 +938,7 @@ def test_explain_prints_where_it_is_told(capsys):
             zoo.adam,
             {"backend": "gpu"},
             BackendError,
-            "unknown backend 'gpu'; use 'auto', 'cpu', 'eager'",
+            "unknown backend 'gpu'; use 'auto', 'cpu', 'cuda', 'triton', 'eager'",
         ),
         (zoo.adam, {"backend": "cpu", "device": "cuda"}, BackendError, "it runs on the CPU"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,9 @@ __all__ = [
     "Call",
     "Constant",
     "Expr",
+    "Line",
     "Symbol",
+    "assignments",
     "clamp",
     "compiled",
     "cospi",
@@ -159,27 +161,64 @@ _ON_FLOATS = {
     "sqrt": math.sqrt,
     "expm1": math.expm1,
     "cospi": lambda x: math.cos(math.pi * x),
-    "min": lambda a, b: a if a < b else b,
-    "max": lambda a, b: a if a > b else b,
+    "min": "{0} if {0} < {1} else {1}",
+    "max": "{0} if {0} > {1} else {1}",
 }
 
 
 def compiled(
-    *exprs: Expr, meanings: Mapping[str, Callable] = _ON_FLOATS
+    *exprs: Expr,
+    parameters: Sequence[Symbol] = (),
+    meanings: Mapping[str, Callable | str] = _ON_FLOATS,
 ) -> Callable[..., list[Any]]:
-    """One Python function for all expressions: symbols by keyword, a list of values back.
+    """One Python function for all expressions: values of symbols in, a list of values back.
 
     Written out as text and compiled: an optimizer calls it every step, and a tree of closures
     costs twice as much.
 
     Args:
-        meanings: a function for each operation; by default for symbols that are Python floats.
+        parameters: symbols whose values are given by position; those of all others by keyword.
+        meanings: a function or text for each operation; by default for Python floats.
     """
-    symbols = sorted({symbol.name for expr in exprs for symbol in symbols_of(expr)})
-    values = ", ".join(map(_python, exprs))
-    # other symbols may come along: callers pass all they have
-    source = f"lambda *, {''.join(f'{name}, ' for name in symbols)}**_: [{values}]"
-    return eval(source, dict(meanings))
+    lines, results = assignments(exprs)
+    others = set().union(*map(symbols_of, exprs)) - set(parameters)
+    # others may come along: callers pass all they have
+    by_keyword = ["*", *sorted(symbol.name for symbol in others)] if others else []
+    names = [*(symbol.name for symbol in parameters), *by_keyword, "**_"]
+    source = f"def function({', '.join(names)}):\n"
+    source += "".join(f"    {line.target} = {_python(line, meanings)}\n" for line in lines)
+    source += f"    return [{', '.join(results)}]\n"
+    namespace: dict[str, Any] = dict(meanings)
+    exec(source, namespace)
+    return namespace["function"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """``target = op(args)``; operands are inputs, scalars, numbers or earlier targets."""
+
+    target: str
+    op: str
+    args: tuple[str, ...]
+
+
+def assignments(exprs: Sequence[Expr]) -> tuple[list[Line], list[str]]:
+    """Expressions as single assignments, equal operations once.
+
+    Returns:
+        The lines, whose targets are ``s0``, ``s1``, … and whose operands are those, names of
+        symbols and numbers; and the operand that stands for each expression.
+    """
+    targets: dict[tuple[str, ...], str] = {}
+
+    def operand(expr: Expr) -> str:
+        if isinstance(expr, Call):
+            key = (expr.op, *map(operand, expr.args))
+            return targets.setdefault(key, f"s{len(targets)}")
+        return repr(expr.value) if isinstance(expr, Constant) else expr.name
+
+    results = [operand(expr) for expr in exprs]
+    return [Line(target, op, tuple(args)) for (op, *args), target in targets.items()], results
 
 
 def symbols_of(expr: Expr) -> set[Symbol]:
@@ -189,16 +228,13 @@ def symbols_of(expr: Expr) -> set[Symbol]:
     return {expr} if isinstance(expr, Symbol) else set()
 
 
-def _python(expr: Expr) -> str:
-    if isinstance(expr, Call):
-        args = [_python(arg) for arg in expr.args]
-        arithmetic = OPS[expr.op].meaning.__module__ == operator.add.__module__
-        return (
-            f"({OPS[expr.op].text.format(*args)})"
-            if arithmetic
-            else f"{expr.op}({', '.join(args)})"
-        )
-    return expr.name if isinstance(expr, Symbol) else repr(expr.value)
+def _python(line: Line, meanings: Mapping[str, Callable | str]) -> str:
+    meaning = meanings[line.op]
+    if isinstance(meaning, str):
+        return meaning.format(*line.args)
+    if meaning.__module__ == operator.add.__module__:
+        return OPS[line.op].text.format(*line.args)
+    return f"{line.op}({', '.join(line.args)})"
 
 
 def _expr(value: Expr | float) -> Expr:

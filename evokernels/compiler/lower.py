@@ -15,18 +15,19 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from evokernels.compiler import terms
+from evokernels.compiler import schedule, terms
 from evokernels.compiler.expr import (
     Call,
     Constant,
     Expr,
+    Line,
     Symbol,
     compiled,
     substitute,
     symbols_of,
 )
 from evokernels.compiler.linear import ONE, Linear, coefficient_expr, linear
-from evokernels.compiler.program import Line, Program
+from evokernels.compiler.program import Program
 from evokernels.genome import Genome
 
 __all__ = ["RATE", "Rule", "assemble", "lower", "update_of", "weighted_terms"]
@@ -51,9 +52,16 @@ class Rule:
 
     @functools.cached_property
     def numbers(self) -> Callable[..., list[float]]:
-        """A function from the hyperparameters of a step (`terms.scalar_values`, by keyword) to the
-        program's scalars, in float64."""
+        """A function from the scalars of a step (`terms.scalar_values`, by keyword) to those of the
+        program, in float64."""
         return compiled(*self.formulas)
+
+    @functools.cached_property
+    def numbers_of_step(self) -> Callable[..., list[float]]:
+        """The same from what they are made of, schedule and bias correction included: the number
+        of the step, the values of `terms.STEP_INPUTS` and those of `terms.GROUP_INPUTS`."""
+        formulas = [substitute(formula, terms.DERIVED) for formula in self.formulas]
+        return compiled(*formulas, parameters=(schedule.t, *terms.STEP_INPUTS, *terms.GROUP_INPUTS))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -99,7 +99,7 @@ OPS = {
         1,
         lambda x: np.cos(np.pi * x),
         "cospi({0})",
-        "tl.cos({0} * 3.141592653589793)",
+        "cospi({0})",
         "cospi({0})",
     ),
 }

@@ -7,18 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from evokernels.compiler.expr import Line
 from evokernels.compiler.ops import OPS
 
-__all__ = ["Line", "Program", "interpret"]
-
-
-@dataclass(frozen=True)
-class Line:
-    """``target = op(args)``; operands are inputs, scalars or earlier targets."""
-
-    target: str
-    op: str
-    args: tuple[str, ...]
+__all__ = ["Program", "interpret"]
 
 
 @dataclass(frozen=True)

@@ -8,23 +8,22 @@ stores and launches are in ``csrc/``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
 
 from evokernels.compiler import schedule, terms
+from evokernels.compiler.expr import Line, assignments
 from evokernels.compiler.linear import Monomial
-from evokernels.compiler.program import Line
-from evokernels.compiler.spelling import DTYPES, assignment, indented
-from evokernels.compiler.structure import STEP_INPUTS, Structure, assignments, value_of
+from evokernels.compiler.spelling import DTYPES, Kind, assignment, indented
+from evokernels.compiler.structure import Structure, value_of
 from evokernels.compiler.words import CHUNK, DENSE, GROUP, HEADER, OPERANDS, TENSOR
 
-__all__ = ["BLOCKS_AN_SM", "THREADS", "CudaKind", "render_cuda"]
+__all__ = ["THREADS", "render_cuda"]
 
 # Of a block.
 THREADS = 256
-# At least; on sm_75, which holds 1,024 threads, three quarters of what it can hold.
-BLOCKS_AN_SM = 3
 
 _WARP = 32
+# Of an access to memory; a thread has as many elements as fill it in the narrowest tensor.
+_VECTOR_BYTES = 16
 
 _TYPES = {"int64": "int64_t", "uint64": "uint64_t", "float64": "double", "pointer": "void *"}
 
@@ -36,24 +35,10 @@ _FORMATS = {
 }
 
 # What a step has besides the hyperparameters of a group, or in their place.
-_STEP = tuple(symbol.name for symbol in (schedule.t, terms.base_lr, *STEP_INPUTS))
+_STEP = tuple(symbol.name for symbol in (schedule.t, terms.base_lr, *terms.STEP_INPUTS))
 
 
-class CudaKind(NamedTuple):
-    """What the code of one element depends on, dtypes by name."""
-
-    structure: Structure
-    parameter: str
-    state: str
-    stochastic: bool
-
-    @property
-    def width(self) -> int:
-        """Elements that fill 16 bytes in the narrowest of the tensors."""
-        return 16 // min(DTYPES[self.parameter].bytes, DTYPES[self.state].bytes)
-
-
-def render_cuda(kinds: Sequence[CudaKind], words: int) -> str:
+def render_cuda(kinds: Sequence[Kind], words: int) -> str:
     """The source of a kernel, which includes ``csrc/``.
 
     Args:
@@ -64,7 +49,6 @@ def render_cuda(kinds: Sequence[CudaKind], words: int) -> str:
     numbers = {
         "EVK_THREADS": THREADS,
         "EVK_WARP": _WARP,
-        "EVK_BLOCKS_AN_SM": BLOCKS_AN_SM,
         "EVK_DENSE": f"({DENSE})",
         **{f"EVK_OPERAND_{name.upper()}": place for place, name in enumerate(OPERANDS)},
         "EVK_PRODUCTS": max(len(structure.products) for structure in structures),
@@ -158,9 +142,10 @@ def _choice(cases: Iterable[Sequence[str]]) -> str:
     return f"        switch (i) {{\n{text}        }}\n"
 
 
-def _kind(name: str, kind: CudaKind, structure: str) -> str:
+def _kind(name: str, kind: Kind, structure: str) -> str:
     program = kind.structure.program
     real = DTYPES[kind.parameter].real
+    sizes = (DTYPES[dtype].bytes for dtype in kind.stored)
     has = {moment: str(moment in program.state).lower() for moment in "mv"}
     body, read = [], set()
     for line in program.lines:  # numbers where they are needed: registers are scarce
@@ -177,7 +162,7 @@ def _kind(name: str, kind: CudaKind, structure: str) -> str:
         f"    using Parameter = {_format(kind.parameter, kind.stochastic)};\n"
         f"    using State = {_format(kind.state, kind.stochastic)};\n"
         f"    static constexpr bool M = {has['m']}, V = {has['v']};\n"
-        f"    static constexpr int WIDTH = {kind.width};\n"
+        f"    static constexpr int WIDTH = {_VECTOR_BYTES // min(sizes)};\n"
         "    template <typename Scalars>\n"
         "    EVK_INLINE void update(const Scalars &k, Real &p, Real g, Real &m, Real &v) {\n"
         f"{indented(2, body)}"

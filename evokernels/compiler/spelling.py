@@ -1,14 +1,16 @@
-"""What C and CUDA C++ have in common: types, and how single assignments are written."""
+"""What renderers have in common: dtypes, kinds of tensors, how C and CUDA C++ write assignments."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from evokernels.compiler.expr import Line
 from evokernels.compiler.ops import OPS
-from evokernels.compiler.program import Line
+from evokernels.compiler.structure import Structure
 
-__all__ = ["DTYPES", "ElementType", "assignment", "indented"]
+__all__ = ["DTYPES", "ElementType", "Kind", "assignment", "indented"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,31 @@ DTYPES = {
     "bfloat16": ElementType("uint16_t", "float32", 2),
     "float16": ElementType("uint16_t", "float32", 2),
 }
+
+
+class Kind(NamedTuple):
+    """What the code of one element depends on; a device kernel has an update for each kind.
+
+    Attributes:
+        parameter, state: dtypes by name; how parameter and gradient, and moments, are stored.
+        stochastic: whether bfloat16 is rounded by random bits.
+    """
+
+    structure: Structure
+    parameter: str
+    state: str
+    stochastic: bool
+
+    @property
+    def arithmetic(self) -> str:
+        """The dtype in which it is computed."""
+        return DTYPES[self.parameter].arithmetic
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """The dtypes of its tensors: parameter and gradient, moments if there are any."""
+        return (self.parameter, *((self.state,) if self.structure.program.state else ()))
+
 
 # Of the functions of the C library, for each type of arithmetic.
 _SUFFIXES = {"float": "f", "double": ""}

@@ -3,35 +3,22 @@
 The scalars of a program are sums of weighted products: "weight of m / (sqrt(v) + 1)" is a number of
 the genome over ``bias1``. Which products occur is the *structure*, from which a kernel is rendered;
 the weights are data, uploaded once. The values of the products change from step to step and are
-computed on the device from what `GROUP_INPUTS` and `STEP_INPUTS` name, so that nothing but these
-has to reach it, and a captured step goes on counting.
+computed on the device from what `terms.GROUP_INPUTS` and `terms.STEP_INPUTS` name, so that nothing
+but these has to reach it, and a captured step goes on counting.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evokernels.compiler import schedule, terms
+from evokernels.compiler import terms
 from evokernels.compiler.covers import find_cover
-from evokernels.compiler.expr import Call, Constant, Expr, Symbol, substitute
+from evokernels.compiler.expr import Expr, substitute
 from evokernels.compiler.linear import ONE, Coefficient, Monomial, linear
 from evokernels.compiler.lower import Rule
-from evokernels.compiler.program import Line, Program
+from evokernels.compiler.program import Program
 
-__all__ = [
-    *("GROUP_INPUTS", "STEP_INPUTS", "Structure", "assignments", "structure_of", "value_of"),
-    "weights_of",
-]
-
-# What a group of parameters brings to a step, and what a step is the same for all of them; besides
-# `schedule.t`, which every parameter counts for itself.
-GROUP_INPUTS: tuple[Symbol, ...] = (
-    *(terms.base_lr, terms.weight_decay, terms.beta1, terms.beta2, terms.log_beta1),
-    *(terms.log_beta2, terms.eps, terms.clip, terms.direction),
-    *(schedule.warmup_steps, schedule.total_steps),
-)
-STEP_INPUTS: tuple[Symbol, ...] = (terms.grad_scale, terms.max_norm, terms.squares)
+__all__ = ["Structure", "structure_of", "value_of", "weights_of"]
 
 
 @dataclass(frozen=True)
@@ -65,25 +52,6 @@ def value_of(product: Monomial) -> Expr:
         factor = substitute(factor, terms.DERIVED)
         total = factor if total == ONE else total * factor
     return total
-
-
-def assignments(exprs: Sequence[Expr]) -> tuple[list[Line], list[str]]:
-    """Expressions over scalars as single assignments, equal operations once, for renderers.
-
-    Returns:
-        The lines, whose targets are ``s0``, ``s1``, … and whose operands are those, names of
-        symbols and numbers; and the operand that stands for each expression.
-    """
-    targets: dict[tuple[str, ...], str] = {}
-
-    def operand(expr: Expr) -> str:
-        if isinstance(expr, Call):
-            key = (expr.op, *map(operand, expr.args))
-            return targets.setdefault(key, f"s{len(targets)}")
-        return repr(expr.value) if isinstance(expr, Constant) else expr.name
-
-    results = [operand(expr) for expr in exprs]
-    return [Line(target, op, tuple(args)) for (op, *args), target in targets.items()], results
 
 
 def structure_of(rule: Rule) -> Structure:

@@ -63,6 +63,14 @@ CORRECTED_V = v / bias2
 # p * (1 - lr * wd): in float32 1 - 1e-7 is off by a fifth of the decay.
 DECAY = weight_decay * p
 
+# What derived scalars are made of besides `schedule.t`, which every parameter counts for itself:
+# what is the same for all groups of a step, and what a group of parameters brings to it.
+STEP_INPUTS = (grad_scale, max_norm, squares)
+GROUP_INPUTS = (
+    *(base_lr, weight_decay, beta1, beta2, log_beta1, log_beta2, eps, clip, direction),
+    *(schedule.warmup_steps, schedule.total_steps),
+)
+
 # What a term sees as m and v is the corrected moment, or what stands in for an unused one.
 CATALOGUE = {
     Term.GRAD: g,

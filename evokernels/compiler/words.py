@@ -7,7 +7,7 @@ has one block of words: `HEADER`, then a `GROUP` for each group, then the addres
 
 from __future__ import annotations
 
-from evokernels.compiler.structure import GROUP_INPUTS
+from evokernels.compiler.terms import GROUP_INPUTS
 
 __all__ = ["CHUNK", "DENSE", "GROUP", "HEADER", "OPERANDS", "TENSOR"]
 

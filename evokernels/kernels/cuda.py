@@ -12,10 +12,11 @@ import torch
 from evokernels.compiler.covers import find_cover
 from evokernels.compiler.program import Program
 from evokernels.compiler.render_cuda import THREADS
+from evokernels.compiler.spelling import Kind
 from evokernels.errors import BackendError
 from evokernels.kernels import nvrtc
 from evokernels.kernels.cuda_source import cuda_source
-from evokernels.kernels.device import DeviceBackend, Kind
+from evokernels.kernels.device import DeviceBackend
 from evokernels.kernels.driver import Driver, driver
 
 __all__ = ["CudaBackend", "CudaKernel"]

@@ -6,8 +6,8 @@ import pathlib
 import re
 from collections.abc import Sequence
 
-from evokernels.compiler.render_cuda import CudaKind, render_cuda
-from evokernels.kernels.device import Kind
+from evokernels.compiler.render_cuda import render_cuda
+from evokernels.compiler.spelling import Kind
 
 __all__ = ["cuda_source"]
 
@@ -21,11 +21,7 @@ def cuda_source(kinds: Sequence[Kind], words: int) -> str:
         kinds: a record's ``kind`` is the place in here.
         words: that a launch can take.
     """
-    rendered = render_cuda(
-        [CudaKind(k.structure, _name(k.parameter), _name(k.state), k.stochastic) for k in kinds],
-        words,
-    )
-    return _with_included(rendered, "kernel.cu", set())
+    return _with_included(render_cuda(kinds, words), "kernel.cu", set())
 
 
 def _with_included(text: str, name: str, known: set[str]) -> str:
@@ -40,7 +36,3 @@ def _with_included(text: str, name: str, known: set[str]) -> str:
             included = (CSRC / include[1]).read_text(encoding="utf-8")
             lines += [_with_included(included, include[1], known), f'#line {number + 1} "{name}"']
     return "\n".join(lines)
-
-
-def _name(dtype: object) -> str:
-    return str(dtype).removeprefix("torch.")

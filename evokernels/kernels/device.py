@@ -11,7 +11,6 @@ import abc
 import ctypes
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -19,8 +18,9 @@ import torch
 
 from evokernels.compiler.lower import Rule
 from evokernels.compiler.program import Program
+from evokernels.compiler.spelling import Kind
 from evokernels.compiler.structure import Structure, structure_of, weights_of
-from evokernels.compiler.words import DENSE, GROUP, HEADER, TENSOR
+from evokernels.compiler.words import DENSE, GROUP, HEADER, OPERANDS, TENSOR
 from evokernels.errors import OptimizerError
 from evokernels.kernels.launches import Launch, block_count, chunk_length, cut, split
 from evokernels.kernels.memory import (
@@ -38,7 +38,7 @@ from evokernels.kernels.plan import (
     layout_key,
 )
 
-__all__ = ["DeviceBackend", "DeviceKernel", "DevicePlan", "Kind", "Scaling", "capturing"]
+__all__ = ["DeviceBackend", "DeviceKernel", "DevicePlan", "Scaling", "capturing"]
 
 
 def capturing(device: torch.device) -> bool:
@@ -51,29 +51,6 @@ ALIGNMENT = 16
 
 # In place of the address of a gradient of no elements, which may be 0: it is there, and counts.
 _NO_ELEMENTS = ALIGNMENT
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What the code of one element depends on; a kernel has an update function for each kind."""
-
-    structure: Structure
-    parameter: torch.dtype
-    state: torch.dtype
-    stochastic: bool
-
-    @classmethod
-    def of(cls, bound: BoundTensor, structure: Structure) -> Kind:
-        """That of a tensor."""
-        dtype = bound.parameter.dtype
-        (state,) = {moment.dtype for moment in bound.moments.values()} or {ARITHMETIC[dtype]}
-        rounded = bound.rounding is not None and torch.bfloat16 in (dtype, state)
-        return cls(structure, dtype, state, rounded)
-
-    @property
-    def arithmetic(self) -> torch.dtype:
-        """The dtype in which it is computed."""
-        return ARITHMETIC[self.parameter]
 
 
 class DeviceKernel(Protocol):
@@ -171,7 +148,7 @@ class DevicePlan:
         self._counts = counts
         self._orders = [memory_order(bound.parameter) for bound in tensors]
         structures = [structure_of(rule) for rule in rules]
-        kinds = [Kind.of(b, structures[g]) for b, g in zip(tensors, groups, strict=True)]
+        kinds = [_kind(b, structures[g]) for b, g in zip(tensors, groups, strict=True)]
         self.kinds = tuple(sorted(set(kinds), key=repr))
         launches = split(groups, backend.most_words)
         most_words = max(launch.words for launch in launches)
@@ -184,7 +161,8 @@ class DevicePlan:
         weights = [weights_of(rule, s) for rule, s in zip(rules, structures, strict=True)]
         starts = np.cumsum([0, *map(len, weights)])
         self._records = np.zeros(len(tensors), [(name, np.int64) for name in TENSOR])
-        self._records["g_layout"] = DENSE
+        for operand in OPERANDS:  # a gradient seen for the first time differs if it is not dense
+            self._records[f"{operand}_layout"] = DENSE
         for launch in self.launches:
             for i, group in zip(launch.members, launch.group_of_tensor, strict=True):
                 kind = self.kinds.index(kinds[i])
@@ -414,6 +392,14 @@ class _Launch:
             (lr.data_ptr(), lr.dtype == torch.float64) if on_device else (0, 0)
         )
         self.inputs[row] = (0.0 if on_device else lr, *others)
+
+
+def _kind(bound: BoundTensor, structure: Structure) -> Kind:
+    dtype = bound.parameter.dtype
+    (state,) = {moment.dtype for moment in bound.moments.values()} or {ARITHMETIC[dtype]}
+    stochastic = bound.rounding is not None and torch.bfloat16 in (dtype, state)
+    names = (str(each).removeprefix("torch.") for each in (dtype, state))
+    return Kind(structure, *names, stochastic)
 
 
 def _address(tensor: torch.Tensor | None) -> int:

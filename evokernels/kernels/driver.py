@@ -29,7 +29,7 @@ ADVICE = {
 
 @functools.cache
 def driver() -> Driver:
-    """The driver of this machine; BackendError if it has none."""
+    """The driver of this machine, on which torch has found a device."""
     from cuda.bindings import driver as api
 
     return Driver(api)

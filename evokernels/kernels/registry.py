@@ -13,12 +13,14 @@ from evokernels.kernels.cuda import CudaBackend
 from evokernels.kernels.device import DeviceBackend
 from evokernels.kernels.eager import EagerBackend
 from evokernels.kernels.plan import Backend
+from evokernels.kernels.triton import TritonBackend
 
 __all__ = ["BACKENDS", "Selection", "select"]
 
 # In the order in which "auto" tries them.
 BACKENDS: dict[str, Backend | DeviceBackend] = {
-    backend.name: backend for backend in (CpuBackend(), CudaBackend(), EagerBackend())
+    backend.name: backend
+    for backend in (CpuBackend(), CudaBackend(), TritonBackend(), EagerBackend())
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from evokernels.compiler.expr import compiled
 from evokernels.compiler.lower import Rule
-from evokernels.compiler.schedule import learning_rate_factor, schedule_lengths
-from evokernels.compiler.structure import GROUP_INPUTS
-from evokernels.compiler.terms import GRADIENT_FACTOR, log_of, scalar_values
+from evokernels.compiler.schedule import schedule_lengths
+from evokernels.compiler.terms import log_of
 from evokernels.errors import OptimizerError
 from evokernels.kernels.cpu import CpuPlan
 from evokernels.kernels.device import DeviceBackend, DevicePlan, Scaling, capturing
@@ -34,6 +33,11 @@ class Member:
     rule: Rule
     backend: Backend | DeviceBackend
     bound: BoundTensor
+
+    @functools.cached_property
+    def schedule_lengths(self) -> tuple[float, ...]:
+        """Those of its genome; others mean binding again."""
+        return tuple(schedule_lengths(self.rule.genome, self.group["total_steps"]).values())
 
     @property
     def place(self) -> Place | None:
@@ -98,7 +102,7 @@ class HostPart:
 
     def step(self, gradients: Gradients, scaling: Scaling) -> None:
         """Count the step and update, after `look`."""
-        numbers = self._numbers(_factor(scaling, lambda: scaling.squares.item()))
+        numbers = self._numbers(scaling, lambda: scaling.squares.item())
         # first: Ctrl-C during a native call is raised behind it, when all is updated
         self._counts += self._present
         try:
@@ -120,7 +124,7 @@ class HostPart:
             Whether it was done.
         """
         (plan,) = self.plans
-        numbers = self._numbers(_factor(scaling, plan.squares))
+        numbers = self._numbers(scaling, plan.squares)
         commit(scaling.clear)  # first, as in `step`
         plan.relaunch(numbers, scaling.clear)
         return True
@@ -143,26 +147,16 @@ class HostPart:
                 self._first_of_row.append(i)
             self._rows.append(row)
 
-    def _numbers(self, factor: float) -> list[Numbers]:
+    def _numbers(self, scaling: Scaling, squares: Callable[[], float]) -> list[Numbers]:
         """The rows of numbers of the next step."""
-        return [self._row(i, int(self._counts[i]) + 1, factor) for i in self._first_of_row]
+        step = _step_inputs(scaling, squares)
+        return [self._row(i, int(self._counts[i]) + 1, step) for i in self._first_of_row]
 
-    def _row(self, i: int, t: int, factor: float) -> Numbers:
+    def _row(self, i: int, t: int, step: tuple[float, ...]) -> Numbers:
         """The scalars of step `t` for the members that share group and count with member `i`."""
-        group, rule = self._members[i].group, self._members[i].rule
-        lr = nonnegative("lr", group["lr"])
-        beta1, beta2 = beta_pair(group["betas"])
-        values = scalar_values(
-            lr=lr * learning_rate_factor(rule.genome, t - 1, group["total_steps"]),
-            weight_decay=nonnegative("weight_decay", group["weight_decay"]),
-            beta1=beta1,
-            beta2=beta2,
-            eps=nonnegative("eps", group["eps"]),
-            clip=rule.genome.clip_value,
-            t=t,
-            gradient_factor=-factor if group["maximize"] else factor,
-        )
-        return Numbers(rule.program, rule.numbers(**values), t)
+        member = self._members[i]
+        inputs = _group_inputs(member, nonnegative("lr", member.group["lr"]))
+        return Numbers(member.rule.program, member.rule.numbers_of_step(t, *step, *inputs), t)
 
 
 class DevicePart:
@@ -228,29 +222,14 @@ class DevicePart:
         """The sum of the squares of all gradients: float64, 0-d, on the device."""
         return self._plan.sum_of_squares(gradients)
 
-    def _current_hyperparameters(self) -> list[list[float | torch.Tensor]]:
+    def _current_hyperparameters(self) -> list[tuple[float | torch.Tensor, ...]]:
         """For each group of the plan its values of `GROUP_INPUTS`."""
         captured = capturing(self._device)
         self.captured |= captured
-        return [self._values(member, captured) for member in self._owners]
-
-    def _values(self, member: Member, captured: bool) -> list[float | torch.Tensor]:
-        group, genome = member.group, member.rule.genome
-        beta1, beta2 = beta_pair(group["betas"])
-        values = {
-            "base_lr": self._learning_rate(group["lr"], captured),
-            "weight_decay": nonnegative("weight_decay", group["weight_decay"]),
-            "beta1": beta1,
-            "beta2": beta2,
-            "log_beta1": log_of(beta1),
-            "log_beta2": log_of(beta2),
-            "eps": nonnegative("eps", group["eps"]),
-            # a limit that is not there is infinite in the weights of the rule
-            "clip": genome.clip_value if genome.use_gradient_clipping else 1.0,
-            "direction": -1.0 if group["maximize"] else 1.0,
-            **schedule_lengths(genome, group["total_steps"]),
-        }
-        return [values[symbol.name] for symbol in GROUP_INPUTS]
+        return [
+            _group_inputs(member, self._learning_rate(member.group["lr"], captured))
+            for member in self._owners
+        ]
 
     def _learning_rate(self, lr: Any, captured: bool) -> float | torch.Tensor:
         """A tensor that the kernel reads, where it can; otherwise its value."""
@@ -270,17 +249,29 @@ class DevicePart:
         return nonnegative("lr", lr)
 
 
-_gradient_factor = compiled(GRADIENT_FACTOR)
+def _group_inputs(member: Member, lr: float | torch.Tensor) -> tuple[float | torch.Tensor, ...]:
+    """What a member's group brings to a step: the values of `GROUP_INPUTS`."""
+    group, genome = member.group, member.rule.genome
+    beta1, beta2 = beta_pair(group["betas"])
+    return (
+        lr,
+        nonnegative("weight_decay", group["weight_decay"]),
+        beta1,
+        beta2,
+        log_of(beta1),
+        log_of(beta2),
+        nonnegative("eps", group["eps"]),
+        # a limit that is not there is infinite in the weights of the rule
+        genome.clip_value if genome.use_gradient_clipping else 1.0,
+        -1.0 if group["maximize"] else 1.0,
+        *member.schedule_lengths,
+    )
 
 
-def _factor(scaling: Scaling, squares: Callable[[], float]) -> float:
-    """What every gradient is multiplied with, direction aside."""
-    limited = scaling.max_norm < math.inf
-    if scaling.grad_scale is None and not limited:
-        return 1.0
-    return _gradient_factor(
-        direction=1.0,
-        grad_scale=1.0 if scaling.grad_scale is None else scaling.grad_scale.item(),
-        max_norm=scaling.max_norm,
-        squares=squares() if limited else 0.0,
-    )[0]
+def _step_inputs(scaling: Scaling, squares: Callable[[], float]) -> tuple[float, ...]:
+    """What a step has besides its number: the values of `STEP_INPUTS`."""
+    return (
+        1.0 if scaling.grad_scale is None else scaling.grad_scale.item(),
+        scaling.max_norm,
+        squares() if scaling.max_norm < math.inf else 0.0,
+    )
