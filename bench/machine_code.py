@@ -58,12 +58,14 @@ class Traffic:
         loaded, stored: on the way with the least and on the one with the most.
         widths: of these accesses.
         reread: loaded from addresses that are the same in every pass, and so come from the cache.
+        doubles: instructions in double precision, of which small GPUs do few at a time.
     """
 
     loaded: tuple[int, int]
     stored: tuple[int, int]
     widths: frozenset[int]
     reread: int
+    doubles: int
 
 
 def streaming_loops(ptx: str, entry: str) -> list[Traffic]:
@@ -82,6 +84,7 @@ def streaming_loops(ptx: str, entry: str) -> list[Traffic]:
 
 
 _ACCESS = re.compile(r"(@!?%p\d+\s+)?(ld|st)(?:\.volatile|\.relaxed|\.gpu)*\.global(\S*)\s")
+_DOUBLE = re.compile(r"(@!?%p\d+\s+)?(?!mov|ld|st)\w+\S*\.f64")
 _BRANCH = re.compile(r"(@!?%p\d+\s+)?bra(?:\.uni)?\s+(\S+);")
 _END = re.compile(r"(@!?%p\d+\s+)?(?:ret|trap|exit);")
 
@@ -185,6 +188,7 @@ def _traffic(blocks: list[_Block], head: int, body: frozenset[int]) -> Traffic:
         *((moved(what, min), moved(what, max)) for what in ("ld", "st")),
         frozenset(access.size for access in found if access.what != "reread"),
         moved("reread", max),
+        sum(bool(_DOUBLE.match(line)) for line in lines),
     )
 
 

@@ -10,7 +10,8 @@ struct Sums {
     bool last; /* whether this block is the last one at work */
 };
 
-/* This thread's share of a chunk. Multiplied, then added: squares of float32 are exact. */
+/* This thread's share of a chunk. Fused: the same for float32, whose squares are exact, and a third
+ * less work for the few double units of small GPUs, which cost more time here than memory does. */
 template <typename Kind>
 EVK_INLINE double sum_squares(const Words &words, const Tensor &tensor, void *gradient,
                               const Chunk &chunk, int thread) {
@@ -28,13 +29,13 @@ EVK_INLINE double sum_squares(const Words &words, const Tensor &tensor, void *gr
 #pragma unroll
             for (int j = 0; j < N; ++j) {
                 const double x = Kind::Parameter::load(get(gs, j));
-                sum += x * x;
+                sum = fma(x, x, sum);
             }
         }
     }
     for (int64_t i = done + thread; i < chunk.end; i += EVK_THREADS) {
         const double x = Kind::Parameter::load(g[offset_of(i, layouts, tensor.g_layout)]);
-        sum += x * x;
+        sum = fma(x, x, sum);
     }
     return sum;
 }

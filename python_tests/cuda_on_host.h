@@ -1,9 +1,60 @@
-/* Grid and block as loops: what csrc/device.cuh leaves to whoever compiles it for a host.
+/* Grid and block on a host: what csrc/device.cuh leaves to whoever compiles it.
  *
- * Blocks run in descending order and threads in a scattered one, so that a result that depends on
- * either is another one; shared memory begins as NaN. */
+ * Both are loops. Blocks run in descending order and threads in a scattered one, so that a result
+ * that depends on either is another one; shared memory begins as NaN.
+ *
+ * With EVK_REAL_THREADS both are threads of the host, for ThreadSanitizer to see what no loop shows:
+ * a barrier or a fence that is missing. */
 #include <math.h>
 #include <string.h>
+
+#ifdef EVK_REAL_THREADS
+
+#include <pthread.h>
+
+#include <memory>
+#include <thread>
+#include <vector>
+
+template <typename Shared>
+struct Block {
+    Shared shared;
+    pthread_barrier_t barrier;
+};
+
+static thread_local int this_thread;
+static thread_local pthread_barrier_t *this_barrier;
+
+#define EVK_KERNEL(name, Shared, block_function)                                \
+    extern "C" void name(const Words *words, int64_t blocks) {                  \
+        const std::unique_ptr<Block<Shared>[]> all(new Block<Shared>[blocks]);  \
+        std::vector<std::thread> threads;                                       \
+        for (int64_t i = 0; i < blocks; ++i) {                                  \
+            pthread_barrier_init(&all[i].barrier, nullptr, EVK_THREADS);        \
+            for (int thread = 0; thread < EVK_THREADS; ++thread)                \
+                threads.emplace_back([=, &all] {                                \
+                    this_thread = thread;                                       \
+                    this_barrier = &all[i].barrier;                             \
+                    block_function(*words, all[i].shared, i, blocks);           \
+                });                                                             \
+        }                                                                       \
+        for (std::thread &thread : threads) thread.join();                      \
+    }
+#define EVK_EACH_THREAD(thread) if (const int thread = this_thread; true)
+#define EVK_BARRIER() pthread_barrier_wait(this_barrier)
+
+/* An atomic operation alone orders nothing but itself; behind a fence it publishes what was written
+ * before. */
+static thread_local bool fenced;
+
+static void __threadfence() { fenced = true; }
+
+static unsigned atomicAdd(unsigned *number, unsigned more) {
+    return fenced ? __atomic_fetch_add(number, more, __ATOMIC_ACQ_REL)
+                  : __atomic_fetch_add(number, more, __ATOMIC_RELAXED);
+}
+
+#else
 
 #define EVK_KERNEL(name, Shared, block_function)                                \
     extern "C" void name(const Words *words, int64_t blocks) {                  \
@@ -17,13 +68,6 @@
     for (int turn = 0, thread = 77; turn < EVK_THREADS;                         \
          ++turn, thread = (thread + 101) % EVK_THREADS)
 #define EVK_BARRIER()
-#define EVK_FORGET()
-#define EVK_APART static
-
-template <typename T>
-static T *global(void *address) {
-    return static_cast<T *>(address);
-}
 
 static void __threadfence() {}
 
@@ -31,6 +75,16 @@ static unsigned atomicAdd(unsigned *number, unsigned more) {
     const unsigned before = *number;
     *number += more;
     return before;
+}
+
+#endif
+
+#define EVK_FORGET()
+#define EVK_APART static
+
+template <typename T>
+static T *global(void *address) {
+    return static_cast<T *>(address);
 }
 
 static double cospi(double x) { return cos(3.141592653589793 * x); }

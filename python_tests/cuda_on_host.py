@@ -18,21 +18,26 @@ from evokernels.compiler.spelling import Kind
 from evokernels.kernels.cuda_source import cuda_source
 from evokernels.kernels.device import DeviceBackend
 
-__all__ = ["MOST_WORDS", "CudaOnHost"]
+__all__ = ["MOST_WORDS", "THREADED", "CudaOnHost"]
 
 SHIM = pathlib.Path(__file__).with_name("cuda_on_host.h")
 
 # What 32,764 bytes of arguments hold.
 MOST_WORDS = 4095
 
-FLAGS = [
+COMMON = (
     *("-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-function"),
     "-Wno-unused-parameter",  # of moments that a rule does not keep
+)
+LOOPS = (
+    *COMMON,
     # what a GPU would fault at, or compute otherwise, ends the process here
     "-fsanitize=alignment,bounds,shift,signed-integer-overflow,null",
     "-fsanitize-undefined-trap-on-error",
-]
+)
+# Blocks and threads at the same time, under ThreadSanitizer.
+THREADED = (*COMMON, "-DEVK_REAL_THREADS", "-fsanitize=thread", "-pthread", "-g")
 
 
 class CudaOnHost(DeviceBackend):
@@ -41,12 +46,15 @@ class CudaOnHost(DeviceBackend):
     Args:
         most_words: as if a launch could take no more.
         resident: as if a device could hold as many blocks.
+        flags: of the compiler.
     """
 
     name = "cuda on the host"
 
-    def __init__(self, most_words: int = MOST_WORDS, resident: int = 7) -> None:
-        self.most_words, self._resident = most_words, resident
+    def __init__(
+        self, most_words: int = MOST_WORDS, resident: int = 7, flags: tuple[str, ...] = LOOPS
+    ) -> None:
+        self.most_words, self._resident, self._flags = most_words, resident, flags
 
     def why_not(self, program: Program, device: torch.device, dtype: torch.dtype) -> str | None:
         """Other devices."""
@@ -59,7 +67,7 @@ class CudaOnHost(DeviceBackend):
     def load(self, kinds: tuple[Kind, ...], words: int, device: torch.device) -> HostKernel:
         """The kernel for these kinds; compiled once, whatever part of its words a launch fills."""
         assert words <= self.most_words
-        return HostKernel(_built(cuda_source(kinds, MOST_WORDS)), self._resident)
+        return HostKernel(_built(cuda_source(kinds, MOST_WORDS), self._flags), self._resident)
 
 
 class HostKernel:
@@ -91,12 +99,12 @@ def _folder() -> tempfile.TemporaryDirectory:
 
 
 @functools.cache
-def _built(source: str) -> ctypes.CDLL:
+def _built(source: str, flags: tuple[str, ...] = LOOPS) -> ctypes.CDLL:
     folder = pathlib.Path(_folder().name)
     text = folder / f"{hashlib.sha256(source.encode()).hexdigest()}.cpp"
     text.write_text(source, encoding="utf-8")
     library = text.with_suffix(".so")
-    command = ["c++", *FLAGS, "-include", SHIM, text, "-o", library]
+    command = ["c++", *flags, "-include", SHIM, text, "-o", library]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return ctypes.CDLL(str(library))

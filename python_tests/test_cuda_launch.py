@@ -49,6 +49,7 @@ class FakeApi(types.SimpleNamespace):
     """
 
     CUresult = Status
+    CU_STREAM_LEGACY = 1
 
     def __init__(self, words=64, version=13000):
         super().__init__()
@@ -106,6 +107,7 @@ class FakeApi(types.SimpleNamespace):
 
     def cuModuleGetFunction(self, module, name):
         assert module == MODULE
+        assert self.stack, "no context is current"
         return (name.decode(),)
 
     def cuOccupancyMaxActiveBlocksPerMultiprocessor(self, function, threads, shared):
@@ -138,7 +140,7 @@ def backend(api, monkeypatch, tmp_path):
         "current_device": lambda: 1,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    streams = {0: 0xA0, 1: 0xA1}
+    streams = {0: 0, 1: 0xA1}  # the default stream, and another one
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", streams.__getitem__, raising=False)
     return CudaBackend()
 
@@ -159,8 +161,12 @@ def test_loading(backend, api):
         ("cuDevicePrimaryCtxRetain", 1),
         ("cuCtxPushCurrent", context),
         ("cuCtxPopCurrent",),
+        ("cuCtxPushCurrent", context),
         ("cuModuleGetFunction", MODULE, b"evk_update"),
+        ("cuCtxPopCurrent",),
+        ("cuCtxPushCurrent", context),
         ("cuModuleGetFunction", MODULE, b"evk_squares"),
+        ("cuCtxPopCurrent",),
         ("cuCtxPushCurrent", context),
         ("cuOccupancyMaxActiveBlocksPerMultiprocessor", "evk_update", 256, 0),
         ("cuCtxPopCurrent",),
@@ -183,6 +189,13 @@ def test_a_launch(backend, api, what, name):
     assert (stream, extra) == (0xA1, 0)
     assert isinstance(parameters, int)
     assert (api.launched[0][:40] == words).all()
+
+
+def test_the_default_stream_is_that_of_torch(backend, api):
+    """Not one of this thread, which 0 stands for if cuda-bindings are told so."""
+    load(backend, device="cuda:0").update(np.zeros(40, np.int64), 1)
+    (stream,) = (call[9] for call in api.calls if call[0] == "cuLaunchKernel")
+    assert stream == 1  # CU_STREAM_LEGACY
 
 
 def test_each_launch_has_its_own_words_though_none_allocates(backend, api):
@@ -467,6 +480,14 @@ def test_a_later_device_of_a_generation_runs_the_code_of_an_earlier_one(monkeypa
     assert nvrtc.architecture_for((8, 9)) == 86
 
 
+def test_cards_do_not_run_the_code_of_embedded_devices_nor_those_theirs(monkeypatch):
+    # of CUDA 12.8, which knows Thor (101), but not yet B300 (103)
+    monkeypatch.setattr(nvrtc, "architectures", lambda: (75, 80, 86, 90, 100, 101, 120))
+    assert nvrtc.architecture_for((10, 3)) == 100
+    assert nvrtc.architecture_for((10, 1)) == 101
+    assert nvrtc.architecture_for((8, 7)) is None
+
+
 # cuda-bindings themselves, on a driver that is none
 
 LAUNCH = """
@@ -479,11 +500,12 @@ d = driver()
 print("version", *d.version())
 context = d.primary_context(2)
 module = d.module(context, b"\\x7fELF code")
-function = d.function(module, "evk_update")
+function = d.function(context, module, "evk_update")
 print("at a time", d.blocks_at_a_time(context, function, THREADS))
 parameters = _Parameters(4095)
 parameters.words[:] = np.arange(4095)
 d.launch(context, function, 160, THREADS, 0xABCD, parameters.pointers)
+d.launch(context, function, 1, THREADS, 0, parameters.pointers)
 try:
     d.launch(context, function, 0, THREADS, 0xABCD, parameters.pointers)
 except BackendError as error:
@@ -495,13 +517,18 @@ version 13 0
 push 0xc2
 load ELF code
 pop
+push 0xc2
 function evk_update of 0xd0
+pop
 push 0xc2
 occupancy 0xf0 256 0
 pop
 at a time 3
 push 0xc2
 launch 0xf0 grid 160 1 1 block 256 1 1 shared 0 stream 0xabcd words 0 1 4094
+pop
+push 0xc2
+launch 0xf0 grid 1 1 1 block 256 1 1 shared 0 stream 0x1 words 0 1 4094
 pop
 push 0xc2
 pop

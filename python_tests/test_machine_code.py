@@ -55,8 +55,8 @@ $L__BB1_4:
 WIDE = frozenset({16})
 
 
-def loop(loaded=(32, 32), stored=(16, 32), widths=WIDE, reread=0):
-    return Traffic(loaded, stored, widths, reread)
+def loop(loaded=(32, 32), stored=(16, 32), widths=WIDE, reread=0, doubles=0):
+    return Traffic(loaded, stored, widths, reread, doubles)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,9 @@ def loop(loaded=(32, 32), stored=(16, 32), widths=WIDE, reread=0):
         ("st.global.u8 [%rd2], %rs1;", loop(stored=(17, 33), widths=frozenset({1, 16}))),
         ("ld.local.v4.f32 {%f1, %f2, %f3, %f4}, [%rd3];", loop()),
         ("ld.param.u64 %rd8, [%rd3];", loop()),
+        ("@!%p5 fma.rn.f64 %fd1, %fd1, %fd2, %fd3;", loop(doubles=1)),
+        ("cvt.rn.f32.f64 %f1, %fd1;\n\tcvt.f64.f32 %fd1, %f1;", loop(doubles=2)),
+        ("mov.f64 %fd1, 0d0000000000000000;\n\tld.shared.f64 %fd2, [%rd3];", loop()),
     ],
 )
 def test_what_a_loop_moves(extra, expected):

@@ -107,7 +107,7 @@ class CudaKernel:
         self._context = driver.primary_context(index)
         module = driver.module(self._context, code)
         self._update, self._squares = (
-            driver.function(module, name) for name in ("evk_update", "evk_squares")
+            driver.function(self._context, module, name) for name in ("evk_update", "evk_squares")
         )
         at_a_time = driver.blocks_at_a_time(self._context, self._update, THREADS)
         processors = torch.cuda.get_device_properties(index).multi_processor_count

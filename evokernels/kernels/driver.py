@@ -47,6 +47,7 @@ class Driver:
         # looked up once: these are called in every step
         self._push, self._pop = api.cuCtxPushCurrent, api.cuCtxPopCurrent
         self._launch = api.cuLaunchKernel
+        self._default_stream = int(api.CU_STREAM_LEGACY)
 
     def version(self) -> tuple[int, int]:
         """The newest CUDA that it can run."""
@@ -63,9 +64,10 @@ class Driver:
         with self._within(context):
             return self._call("cuModuleLoadData", code)
 
-    def function(self, module: Any, name: str) -> Any:
-        """A kernel of a module."""
-        return self._call("cuModuleGetFunction", module, name.encode())
+    def function(self, context: Any, module: Any, name: str) -> Any:
+        """A kernel of a module; where modules load lazily, this is when its code is loaded."""
+        with self._within(context):
+            return self._call("cuModuleGetFunction", module, name.encode())
 
     def blocks_at_a_time(self, context: Any, function: Any, threads: int) -> int:
         """How many blocks of so many threads a multiprocessor holds."""
@@ -79,7 +81,9 @@ class Driver:
         """Launch a kernel.
 
         Args:
-            stream: its address.
+            stream: its address; 0 is the default stream of torch, with which all other streams
+                wait for each other, also where cuda-bindings are told to give each thread its own
+                (``CUDA_PYTHON_CUDA_PER_THREAD_DEFAULT_STREAM``).
             parameters: the address of an array of pointers, one to each parameter of the kernel;
                 parameters are read before this returns.
         """
@@ -87,6 +91,7 @@ class Driver:
         # Not `_within`: a generator costs as much as the launch.
         (status,) = self._push(context)
         if status == self._success:
+            stream = stream or self._default_stream
             (status,) = self._launch(
                 *(function, blocks, 1, 1, threads, 1, 1, 0, stream, parameters, 0)
             )

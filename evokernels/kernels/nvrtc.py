@@ -28,6 +28,9 @@ __all__ = [
 
 # Nothing is contracted, approximated or flushed: the operations are those of the other backends.
 OPTIONS = (*("--std=c++17", "--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false"),)
+# Jetson, Drive and their like ("binary compatibility between desktop and Tegra is not supported",
+# CUDA C++ Programming Guide); 101 is what 110 was called before CUDA 13.
+EMBEDDED = {53, 62, 72, 87, 88, 101, 110}
 # Registers, stack and spills of every kernel, in the log.
 VERBOSE = "--ptxas-options=-v"
 
@@ -69,11 +72,15 @@ def architectures() -> tuple[int, ...]:
 def architecture_for(capability: tuple[int, int]) -> int | None:
     """What to compile for a device; None if this NVRTC does not know its generation.
 
-    Code for a compute capability runs on those with the same major number and a greater minor one.
+    Code for a compute capability runs on those with the same major number and a greater minor one,
+    but never on a card if it is for an embedded device, nor the other way round.
     """
     major, minor = capability
-    fitting = [a for a in architectures() if a // 10 == major and a % 10 <= minor]
-    return max(fitting, default=None)
+    own = 10 * major + minor
+    if own in architectures():
+        return own
+    fitting = [a for a in architectures() if a // 10 == major and a < own]
+    return None if own in EMBEDDED else max(set(fitting) - EMBEDDED, default=None)
 
 
 def cubin(source: str, architecture: int) -> bytes:
