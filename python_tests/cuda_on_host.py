@@ -18,7 +18,7 @@ from evokernels.compiler.spelling import Kind
 from evokernels.kernels.cuda_source import cuda_source
 from evokernels.kernels.device import DeviceBackend
 
-__all__ = ["MOST_WORDS", "CudaOnHost"]
+__all__ = ["MOST_WORDS", "CudaOnHost", "built_for_host"]
 
 SHIM = pathlib.Path(__file__).with_name("cuda_on_host.h")
 
@@ -59,7 +59,7 @@ class CudaOnHost(DeviceBackend):
     def load(self, kinds: tuple[Kind, ...], words: int, device: torch.device) -> HostKernel:
         """The kernel for these kinds; compiled once, whatever part of its words a launch fills."""
         assert words <= self.most_words
-        return HostKernel(_built(cuda_source(kinds, MOST_WORDS)), self._resident)
+        return HostKernel(built_for_host(cuda_source(kinds, MOST_WORDS)), self._resident)
 
 
 class HostKernel:
@@ -91,7 +91,8 @@ def _folder() -> tempfile.TemporaryDirectory:
 
 
 @functools.cache
-def _built(source: str) -> ctypes.CDLL:
+def built_for_host(source: str) -> ctypes.CDLL:
+    """The library of a kernel's source; it stays until the process ends."""
     folder = pathlib.Path(_folder().name)
     text = folder / f"{hashlib.sha256(source.encode()).hexdigest()}.cpp"
     text.write_text(source, encoding="utf-8")
