@@ -1,5 +1,5 @@
-"""What the tests of device plans share: plans as an optimizer makes and runs them, backends that are
-narrower than they are, and memory that notices when a neighbour is written to."""
+"""What the tests of device plans share: plans as an optimizer makes and runs them, a backend made
+narrower, and memory that notices when a neighbour is written to."""
 
 from __future__ import annotations
 
