@@ -18,7 +18,7 @@ from evokernels.compiler.spelling import Kind
 from evokernels.kernels.cuda_source import cuda_source
 from evokernels.kernels.device import DeviceBackend
 
-__all__ = ["MOST_WORDS", "THREADED", "CudaOnHost"]
+__all__ = ["MOST_WORDS", "THREADED", "CudaOnHost", "built_for_host"]
 
 SHIM = pathlib.Path(__file__).with_name("cuda_on_host.h")
 
@@ -67,7 +67,8 @@ class CudaOnHost(DeviceBackend):
     def load(self, kinds: tuple[Kind, ...], words: int, device: torch.device) -> HostKernel:
         """The kernel for these kinds; compiled once, whatever part of its words a launch fills."""
         assert words <= self.most_words
-        return HostKernel(_built(cuda_source(kinds, MOST_WORDS), self._flags), self._resident)
+        source = cuda_source(kinds, MOST_WORDS)
+        return HostKernel(built_for_host(source, self._flags), self._resident)
 
 
 class HostKernel:
@@ -99,7 +100,8 @@ def _folder() -> tempfile.TemporaryDirectory:
 
 
 @functools.cache
-def _built(source: str, flags: tuple[str, ...] = LOOPS) -> ctypes.CDLL:
+def built_for_host(source: str, flags: tuple[str, ...] = LOOPS) -> ctypes.CDLL:
+    """The library of a kernel's source; it stays until the process ends."""
     folder = pathlib.Path(_folder().name)
     text = folder / f"{hashlib.sha256(source.encode()).hexdigest()}.cpp"
     text.write_text(source, encoding="utf-8")

@@ -13,7 +13,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from cuda_on_host import CudaOnHost, _built
+from cuda_on_host import CudaOnHost, built_for_host
 from device_steps import Guarded, Steps
 
 from evokernels import zoo
@@ -327,7 +327,7 @@ def on_host(backend, api, monkeypatch):
 
     def compiled(source, architecture):
         assert architecture == 75
-        built.append(_built(source))
+        built.append(built_for_host(source))
         return b"\x7fELF"
 
     def launch(*arguments):

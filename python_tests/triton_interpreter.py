@@ -24,6 +24,8 @@ RESIDENT = 3
 class TritonInterpreted(TritonBackend):
     """Runs on CPU tensors."""
 
+    name = "triton interpreted"
+
     def why_not(self, program, device, dtype):
         return None if device.type == "cpu" else f"it is interpreted, the tensors are on {device}"
 
