@@ -499,3 +499,12 @@ def test_more_tensors_than_a_launch_can_take(monkeypatch):
             assert len(backend.launched) == 2 * math.ceil(30 / (40 - 16 - 13))
     for p, q in zip(ps, qs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+
+
+def test_a_parameter_without_elements_counts_like_others(recording):
+    params = [*parameters(), nn.Parameter(torch.empty(0))]
+    params[-1].grad = torch.empty(0)
+    optimizer = optimizer_of(params)
+    for _ in range(4):
+        optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in params] == [4.0] * 4
