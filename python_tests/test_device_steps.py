@@ -253,7 +253,9 @@ def test_what_a_graph_reads_is_kept(recording, capture):
 def test_what_a_graph_reads_outlives_other_rates_and_states(recording, capture):
     params = parameters()
     optimizer = optimizer_of(params)
-    optimizer.step()
+    for _ in range(3):
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = torch.tensor(2e-3)  # of which the long way knows nothing
     capture(True)
     optimizer.step()
     capture(False)
@@ -262,6 +264,7 @@ def test_what_a_graph_reads_outlives_other_rates_and_states(recording, capture):
     saved = optimizer.state_dict()
     saved["param_groups"][0]["lr"] = torch.tensor(0.5)
     optimizer.param_groups[0]["lr"] = 1e-3
+    optimizer.step()
     optimizer.load_state_dict(copy.deepcopy(saved))
     del saved
     optimizer.step()
@@ -384,6 +387,27 @@ def test_a_count_that_nobody_can_have_taken_is_refused(recording, count):
     assert_same(params, before)
 
 
+def test_a_failed_step_leaves_nothing_half_known(recording):
+    """Of two gradients one lies otherwise and one has no memory; then both are as before."""
+    ps, qs = parameters(), parameters()
+    for params, backend in ((ps, "recording"), (qs, "eager")):
+        optimizer = optimizer_of(params, backend=backend)
+        for _ in range(3):
+            optimizer.step()
+        if params is ps:
+            kept = [p.grad for p in params]
+            params[0].grad = kept[0].t().contiguous().t()
+            params[2].grad = torch.ones(1000)
+            params[2].grad.untyped_storage().resize_(0)
+            with pytest.raises(OptimizerError, match="no memory"):
+                optimizer.step()
+            for p, gradient in zip(params, kept, strict=True):
+                p.grad = gradient
+        optimizer.step()
+    for p, q in zip(ps, qs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
 def test_gradients_that_change_how_they_lie_take_no_memory_each_time(recording):
     params = parameters()
     optimizer = optimizer_of(params)
@@ -438,6 +462,7 @@ def test_a_model_on_host_and_device_shares_a_norm(mixed):
             optimizer.found_inf = torch.tensor(float(t == 1))
             optimizer.step()
         assert len(optimizer._binding.plans) == (2 if params is ps else 1)
+        assert params is qs or optimizer._binding._watch is None  # it would watch one of them
         assert {s["step"].item() for s in optimizer.state.values()} == {3.0}
     for p, q in zip(ps, qs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
@@ -474,3 +499,12 @@ def test_more_tensors_than_a_launch_can_take(monkeypatch):
             assert len(backend.launched) == 2 * math.ceil(30 / (40 - 16 - 13))
     for p, q in zip(ps, qs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+
+
+def test_a_parameter_without_elements_counts_like_others(recording):
+    params = [*parameters(), nn.Parameter(torch.empty(0))]
+    params[-1].grad = torch.empty(0)
+    optimizer = optimizer_of(params)
+    for _ in range(4):
+        optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in params] == [4.0] * 4

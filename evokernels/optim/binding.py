@@ -154,7 +154,7 @@ class Binding:
     def _squares(self, gradients: Gradients, chosen: Collection[int]) -> torch.Tensor:
         """The sum of the squares of the gradients of some members: float64, 0-d.
 
-        On the CPU if a part waits for it there, else on the device of the first part.
+        On the device of the first part: on the CPU if one waits for it there.
         """
         sums = [
             part.squares([gradients[i] if i in chosen else None for i in members])
@@ -162,8 +162,7 @@ class Binding:
         ]
         if not sums:
             return torch.zeros((), dtype=torch.float64, device="cpu")
-        device = "cpu" if self.needs_host else sums[0].device
-        return functools.reduce(torch.add, (value.to(device) for value in sums))
+        return functools.reduce(torch.add, (value.to(sums[0].device) for value in sums))
 
     def _tell_dtensors(self, gradients: Gradients, clear: bool) -> None:
         """What was done to their local parts."""
