@@ -65,7 +65,7 @@ def test_registers_and_memory(code_of, case):
     # leave no registers for the bits of eight elements; they are drawn for each.
     draws = (elements if kind.parameter == "float64" else 1) if kind.stochastic else 0
     assert traffic.reread <= 16 * draws
-    assert (traffic.doubles > 0) == (kind.arithmetic == torch.float64)
+    assert (traffic.doubles > 0) == (kind.arithmetic == "float64")
 
 
 @pytest.mark.parametrize("parameter", ["float32", "float64", "bfloat16"])
@@ -78,8 +78,8 @@ def test_the_sum_of_squares_reads_each_element_once(parameter):
         assert loop.widths == {16}
         assert loop.stored == (0, 0)
         assert loop.loaded[0] == loop.loaded[1]  # several times 16 bytes where it is unrolled
-        converted = parameter != torch.float64
-        assert loop.doubles == loop.loaded[0] // parameter.itemsize * (1 + converted)
+        an_element = 1 if parameter == "float64" else 2  # converted, multiplied and added
+        assert loop.doubles == loop.loaded[0] // DTYPES[parameter].bytes * an_element
     functions = resources(compiled.log)
     assert occupancy(functions["evk_squares"].registers, 75, THREADS) >= 0.75
 
