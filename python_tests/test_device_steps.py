@@ -223,6 +223,19 @@ def test_what_a_graph_reads_is_kept(recording, capture):
     assert copy.deepcopy(optimizer)._captured == []
 
 
+def test_what_a_graph_reads_is_kept_when_a_state_is_loaded(recording, capture):
+    optimizer = optimizer_of(parameters())
+    optimizer.step()
+    capture(True)
+    optimizer.step()
+    capture(False)
+    captured = optimizer._binding
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    assert optimizer._binding is not captured
+    assert optimizer._captured == [captured]
+
+
 @pytest.fixture
 def mixed(monkeypatch):
     """float32 on the device, everything else on the host."""

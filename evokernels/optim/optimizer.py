@@ -208,8 +208,11 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
             prepare.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_captured" in self.__dict__:  # a state is loaded
+            self._unbind()
+        else:  # a copy comes to be
+            self._binding, self._captured = None, []
         super().__setstate__(state)
-        self._binding, self._captured = None, []
         for group in self.param_groups:
             for parameter in group["params"]:
                 values = self.state.get(parameter, {})
