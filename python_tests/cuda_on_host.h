@@ -3,8 +3,8 @@
  * Both are loops. Blocks run in descending order and threads in a scattered one, so that a result
  * that depends on either is another one; shared memory begins as NaN.
  *
- * With EVK_REAL_THREADS both are threads of the host, for ThreadSanitizer to see what no loop shows:
- * a barrier or a fence that is missing. */
+ * With EVK_REAL_THREADS both are threads of the host, for ThreadSanitizer to see what no loop
+ * shows: a barrier or a fence that is missing. */
 #include <math.h>
 #include <string.h>
 
@@ -16,32 +16,35 @@
 #include <thread>
 #include <vector>
 
+/* Two barriers in turns: who leaves one late must not be taken to have seen what others did until
+ * they came to the next one. */
 template <typename Shared>
 struct Block {
     Shared shared;
-    pthread_barrier_t barrier;
+    pthread_barrier_t barriers[2];
 };
 
-static thread_local int this_thread;
-static thread_local pthread_barrier_t *this_barrier;
+static thread_local int this_thread, turn;
+static thread_local pthread_barrier_t *these_barriers;
 
 #define EVK_KERNEL(name, Shared, block_function)                                \
     extern "C" void name(const Words *words, int64_t blocks) {                  \
         const std::unique_ptr<Block<Shared>[]> all(new Block<Shared>[blocks]);  \
         std::vector<std::thread> threads;                                       \
         for (int64_t i = 0; i < blocks; ++i) {                                  \
-            pthread_barrier_init(&all[i].barrier, nullptr, EVK_THREADS);        \
+            for (pthread_barrier_t &barrier : all[i].barriers)                  \
+                pthread_barrier_init(&barrier, nullptr, EVK_THREADS);           \
             for (int thread = 0; thread < EVK_THREADS; ++thread)                \
                 threads.emplace_back([=, &all] {                                \
                     this_thread = thread;                                       \
-                    this_barrier = &all[i].barrier;                             \
+                    these_barriers = all[i].barriers;                           \
                     block_function(*words, all[i].shared, i, blocks);           \
                 });                                                             \
         }                                                                       \
         for (std::thread &thread : threads) thread.join();                      \
     }
 #define EVK_EACH_THREAD(thread) if (const int thread = this_thread; true)
-#define EVK_BARRIER() pthread_barrier_wait(this_barrier)
+#define EVK_BARRIER() pthread_barrier_wait(&these_barriers[turn ^= 1])
 
 /* An atomic operation alone orders nothing but itself; behind a fence it publishes what was written
  * before. */

@@ -34,6 +34,7 @@ def test_no_two_threads_race():
         env=environment,
         capture_output=True,
         text=True,
+        timeout=300,  # without a barrier, threads may wait for each other for ever
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "[2.0, 0.0, 2.0, 7.0, 2.0, 2.0, 2.0, 2.0] [0]\n"

@@ -12,7 +12,7 @@ from evokernels import zoo
 from evokernels.kernels.plan import Rounding
 
 # Several chunks a block, of groups, kinds and step counts in turns, with vectors and without.
-SIZES = (3000, 5, 1024, 2049, 1, 4096, 0, 1500)
+SIZES = (9000, 5, 1024, 2049, 1, 4096, 0, 1500)
 DTYPES = (torch.float32, torch.float32, torch.bfloat16)
 GENOMES = (zoo.adamw, zoo.evolved_2025)
 
