@@ -1,4 +1,8 @@
-"""What compiled GPU code does with registers and with memory: read from PTX and ptxas's log."""
+"""What compiled GPU code does with registers and with memory: read from PTX and ptxas's log.
+
+PTX as NVRTC and as Triton write it. Triton's has lines and labels for debuggers, and conditions on
+accesses where NVRTC's branches around them.
+"""
 
 from __future__ import annotations
 
@@ -56,13 +60,14 @@ class Traffic:
 
     Attributes:
         loaded, stored: on the way with the least and on the one with the most.
-        widths: of these accesses.
+        loads, stores: the bytes of each of these accesses, of all ways together.
         reread: loaded from addresses that are the same in every pass, and so come from the cache.
     """
 
     loaded: tuple[int, int]
     stored: tuple[int, int]
-    widths: frozenset[int]
+    loads: tuple[int, ...]
+    stores: tuple[int, ...]
     reread: int
 
 
@@ -78,11 +83,15 @@ def streaming_loops(ptx: str, entry: str) -> list[Traffic]:
         inside = frozenset().union(*(loops[other] for other in loops.keys() & body - {head}))
         if not any(_ACCESS.match(line) for i in inside for line in blocks[i].lines):
             found.append(_traffic(blocks, head, body))
-    return [loop for loop in found if max(loop.widths, default=0) == 16]
+    return [loop for loop in found if 16 in (*loop.loads, *loop.stores)]
 
 
-_ACCESS = re.compile(r"(@!?%p\d+\s+)?(ld|st)(?:\.volatile|\.relaxed|\.gpu)*\.global(\S*)\s")
+# Of global memory, or by an address of whatever memory.
+_ACCESS = re.compile(
+    r"(@!?%p\d+\s+)?(ld|st)(?!\S*\.(?:shared|local|param|const)\b)(\.\S+)\s.*\[\s*([^\s+\]]+)"
+)
 _BRANCH = re.compile(r"(@!?%p\d+\s+)?bra(?:\.uni)?\s+(\S+);")
+_LABEL = re.compile(r"(\$\w+):")
 _END = re.compile(r"(@!?%p\d+\s+)?(?:ret|trap|exit);")
 
 
@@ -95,23 +104,30 @@ class _Block:
 
 
 def _body(ptx: str, entry: str) -> list[str]:
-    """The instructions and labels of a kernel."""
+    """The instructions of a kernel, and the labels of its branches."""
     start = re.search(rf"\.entry {re.escape(entry)}\b", ptx)
     text = ptx[ptx.index("\n{", start.start()) + 2 :]
-    return [line.strip() for line in text[: text.index("\n}")].splitlines() if line.strip()]
+    lines = [line.strip() for line in text[: text.index("\n}")].splitlines()]
+    targets = {branch[2] for branch in map(_BRANCH.match, lines) if branch}
+
+    def counts(line: str) -> bool:
+        label = _LABEL.match(line)
+        return label[1] in targets if label else not line.startswith((".", "//"))
+
+    return [line for line in lines if line and counts(line)]
 
 
 def _blocks(lines: list[str]) -> list[_Block]:
     """Basic blocks; the first is where the kernel begins."""
     parts: list[list[str]] = [[]]
     for line in lines:
-        if line.startswith("$"):
+        if _LABEL.match(line):
             parts.append([])
         parts[-1].append(line)
         if _BRANCH.match(line) or _END.match(line):
             parts.append([])
     parts = [part for part in parts if part]
-    labels = {part[0].partition(":")[0]: i for i, part in enumerate(parts)}
+    labels = {label[1]: i for i, part in enumerate(parts) if (label := _LABEL.match(part[0]))}
     blocks = []
     for i, part in enumerate(parts):
         branch = _BRANCH.match(part[-1])
@@ -180,10 +196,13 @@ def _traffic(blocks: list[_Block], head: int, body: frozenset[int]) -> Traffic:
 
         return rest(head)
 
-    found = [access for of_block in accesses.values() for access in of_block]
+    def sizes(what: str) -> tuple[int, ...]:
+        found = (access for of_block in accesses.values() for access in of_block)
+        return tuple(sorted(access.size for access in found if access.what == what))
+
     return Traffic(
         *((moved(what, min), moved(what, max)) for what in ("ld", "st")),
-        frozenset(access.size for access in found if access.what != "reread"),
+        *map(sizes, ("ld", "st")),
         moved("reread", max),
     )
 
@@ -203,9 +222,7 @@ def _accesses(block: _Block, changing: set[str]) -> Iterator[_Access]:
         if found:
             vector = re.search(r"\.v(\d)", found[3])
             bits = re.search(r"\.[a-z]+(\d+)$", found[3])
-            fixed = (
-                found[2] == "ld" and re.search(r"\[(\S+?)(?:\+-?\d+)?\]", line)[1] not in changing
-            )
+            fixed = found[2] == "ld" and found[4] not in changing
             size = int(bits[1]) // 8 * int(vector[1] if vector else 1)
             yield _Access("reread" if fixed else found[2], size, bool(found[1]))
 
