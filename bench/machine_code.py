@@ -90,7 +90,8 @@ def streaming_loops(ptx: str, entry: str) -> list[Traffic]:
 _ACCESS = re.compile(
     r"(@!?%p\d+\s+)?(ld|st)(?!\S*\.(?:shared|local|param|const)\b)(\.\S+)\s.*\[\s*([^\s+\]]+)"
 )
-_BRANCH = re.compile(r"(@!?%p\d+\s+)?bra(?:\.uni)?\s+(\S+);")
+_BRANCH = re.compile(r"(@!?%p\d+\s+)?(?:bra(?:\.uni)?|brx\.idx(?:\.uni)?\s+\S+,)\s+(\S+);")
+_TABLE = re.compile(r"(\$\w+):\s*\.branchtargets\s([^;]*);")
 _LABEL = re.compile(r"(\$\w+):")
 _END = re.compile(r"(@!?%p\d+\s+)?(?:ret|trap|exit);")
 
@@ -103,47 +104,53 @@ class _Block:
     next: list[int]
 
 
-def _body(ptx: str, entry: str) -> list[str]:
-    """The instructions of a kernel, and the labels of its branches."""
+def _body(ptx: str, entry: str) -> str:
+    """What stands between the braces of a kernel."""
     start = re.search(rf"\.entry {re.escape(entry)}\b", ptx)
     text = ptx[ptx.index("\n{", start.start()) + 2 :]
-    lines = [line.strip() for line in text[: text.index("\n}")].splitlines()]
-    targets = {branch[2] for branch in map(_BRANCH.match, lines) if branch}
-
-    def counts(line: str) -> bool:
-        label = _LABEL.match(line)
-        return label[1] in targets if label else not line.startswith((".", "//"))
-
-    return [line for line in lines if line and counts(line)]
+    return text[: text.index("\n}")]
 
 
-def _blocks(lines: list[str]) -> list[_Block]:
+def _blocks(body: str) -> list[_Block]:
     """Basic blocks; the first is where the kernel begins."""
+    tables = {name: re.findall(r"\$\w+", targets) for name, targets in _TABLE.findall(body)}
+    lines = [line.strip() for line in _TABLE.sub("", body).splitlines()]
+    branches = filter(None, map(_BRANCH.match, lines))
+    targets = {target for found in branches for target in tables.get(found[2], [found[2]])}
     parts: list[list[str]] = [[]]
+    labels = {}
     for line in lines:
-        if _LABEL.match(line):
+        label = _LABEL.match(line)
+        if label and label[1] in targets:
+            labels[label[1]] = len(parts)
             parts.append([])
-        parts[-1].append(line)
-        if _BRANCH.match(line) or _END.match(line):
-            parts.append([])
-    parts = [part for part in parts if part]
-    labels = {label[1]: i for i, part in enumerate(parts) if (label := _LABEL.match(part[0]))}
+        elif line and not label and not line.startswith((".", "//")):  # nor for debuggers
+            parts[-1].append(line)
+            if _BRANCH.match(line) or _END.match(line):
+                parts.append([])
+    if not targets <= labels.keys():
+        raise ValueError(f"where branches go is not read: {sorted(targets - labels.keys())}")
     blocks = []
     for i, part in enumerate(parts):
-        branch = _BRANCH.match(part[-1])
-        leaves = branch or _END.match(part[-1])
-        falls = [i + 1] if i + 1 < len(parts) and (not leaves or leaves[1]) else []
-        blocks.append(_Block(part, falls + ([labels[branch[2]]] if branch else [])))
-    if any("brx" in line for line in lines):
-        raise ValueError("an indirect branch: where it may go is not read")
+        last = part[-1] if part else ""
+        branch = _BRANCH.match(last)
+        leaves = branch or _END.match(last)
+        ends = leaves and not leaves[1]
+        after = [] if ends or i + 1 == len(parts) else [i + 1]
+        aims = tables.get(branch[2], [branch[2]]) if branch else []
+        blocks.append(_Block(part, after + [labels[aim] for aim in aims]))
     return blocks
 
 
 def _loops(blocks: list[_Block]) -> dict[int, frozenset[int]]:
     """All blocks of each loop, by its head."""
-    before: dict[int, list[int]] = {}
-    for i, block in enumerate(blocks):
-        for after in block.next:
+    before: dict[int, list[int]] = {0: []}
+    waiting = [0]
+    while waiting:  # blocks that cannot be reached are in no loop
+        i = waiting.pop()
+        for after in blocks[i].next:
+            if after not in before:
+                waiting.append(after)
             before.setdefault(after, []).append(i)
     bodies: dict[int, set[int]] = {}
     for tail, head in _backward(blocks):

@@ -68,7 +68,10 @@ def loop(loaded=(32, 32), stored=(16, 32), loads=WIDE, stores=WIDE, reread=0):
         # an address that the loop does not change
         ("ld.global.u64 %rd7, [%rd2+8];", loop(reread=8)),
         ("ld.global.u64 %rd7, [%rd1];", loop(reread=8)),
-        ("ld.global.v2.u64 {%rd7, %rd1}, [%rd1+-8];", loop((48, 48), loads=(16, *WIDE))),  # a chain of addresses
+        (
+            "ld.global.v2.u64 {%rd7, %rd1}, [%rd1+-8];",
+            loop((48, 48), loads=(16, *WIDE)),
+        ),  # a chain of addresses
         ("@%p5 ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%rd3];", loop((32, 48), loads=(16, *WIDE))),
         ("@!%p5 bra $L__BB1_3;", loop(stored=(0, 32))),
         ("@%p5 bra $L__BB1_4;", loop()),  # leaves the loop
@@ -101,8 +104,14 @@ def test_a_loop_with_another_one_in_it(extra, expected):
     assert streaming_loops(PTX.replace("EXTRA", inner), "evk_update") == expected
 
 
-def test_an_indirect_branch_is_not_guessed():
-    with pytest.raises(ValueError, match="indirect branch"):
+def test_a_branch_by_a_table():
+    table = "$L_brx_0: .branchtargets\n\t\t$L__BB1_4,\n\t\t$L__BB1_3;\n\tbrx.idx \t%r1, $L_brx_0;"
+    expected = loop(stored=(0, 0), stores=())  # what follows cannot be reached
+    assert streaming_loops(PTX.replace("EXTRA", table), "evk_update") == [expected]
+
+
+def test_a_branch_to_nowhere_is_not_guessed():
+    with pytest.raises(ValueError, match=r"not read: .*table"):
         streaming_loops(PTX.replace("EXTRA", "brx.idx %r1, table;"), "evk_update")
 
 
@@ -111,7 +120,7 @@ def test_kernels_are_told_apart():
     assert found == [loop((16, 16), (0, 0), (16,), ())]
 
 
-# As Triton writes it: comments, lines and labels for debuggers, unused ones behind a branch, accesses
+# As Triton writes it: comments, lines and labels for debuggers, also behind a branch, accesses
 # under conditions, and one that all threads share.
 TRITON = """\
 .visible .entry update(
