@@ -271,7 +271,7 @@ def table(backend: str, architectures: Sequence[int]) -> list[str]:
     ]
     kinds = list(all_kinds())
     rows = []
-    with compiled(Case(backend, *of) for of in itertools.product(architectures, kinds)) as codes:
+    with compiled(Case(backend, a, kind) for kind in kinds for a in architectures) as codes:
         for kind in kinds:
             of_kind = [codes[Case(backend, a, kind)].result() for a in architectures]
             rows.append(_row(backend, kind, of_kind, architectures))

@@ -53,9 +53,10 @@ each_case = pytest.mark.parametrize(
 
 
 @pytest.fixture(scope="module")
-def code_of():
-    """The code of a case. All that can be compiled here begins at once."""
-    with compiled(c for c in CASES if COMPILERS[c.backend].why_not() is None) as codes:
+def code_of(request):
+    """The code of a case. All that have been selected are compiled from the first one on."""
+    selected = (i.callspec.params["case"] for i in request.session.items if i.obj is test_update)
+    with compiled(c for c in selected if COMPILERS[c.backend].why_not() is None) as codes:
         yield lambda case: codes[case].result()
 
 
@@ -99,7 +100,7 @@ def test_update(code_of, case):
 def most_reread(case):
     """Bytes that all threads read from the same addresses in each pass, and so from a cache."""
     kind = case.kind
-    drawn = 12 if kind.stochastic else 0  # seed and position, on which random bits depend
+    drawn = 16 if kind.stochastic else 0  # seed and position, on which random bits depend
     if case.backend == "triton":  # and the numbers of the rule, which would take registers
         return drawn + len(kind.structure.program.scalars) * DTYPES[kind.arithmetic].bytes
     # beside doubles there is no room for the random bits of eight elements: drawn for each
