@@ -1,17 +1,24 @@
 """What the compilers make of the GPU kernels, without a GPU: registers, spills, memory traffic.
 
-Every structure of the catalogue in every pair of parameter and state dtype, as a Markdown table.
+Every structure of the catalogue in every pair of parameter and state dtype, compiled by NVRTC (for
+the backend "cuda") and by Triton, as a Markdown table each. It takes minutes, on all cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
+import io
 import itertools
+import multiprocessing
+import os
 import pathlib
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from commandline import exit_code, markdown
@@ -20,6 +27,7 @@ from machine_code import Traffic, occupancy, resources, streaming_loops
 from evokernels import Genome, Term
 from evokernels.compiler.lower import lower
 from evokernels.compiler.render_cuda import THREADS
+from evokernels.compiler.render_triton import render_module
 from evokernels.compiler.spelling import DTYPES, Kind
 from evokernels.compiler.structure import Structure, structure_of
 from evokernels.errors import BackendError
@@ -27,8 +35,9 @@ from evokernels.kernels import nvrtc
 from evokernels.kernels.cuda import LEAST_WORDS
 from evokernels.kernels.cuda_source import cuda_source
 from evokernels.kernels.plan import STATE_DTYPES
+from evokernels.kernels.triton import OPTIONS_OF_NVIDIA, module_of
 
-__all__ = ["Code", "all_kinds", "cuda_code", "least_traffic", "structures"]
+__all__ = ["COMPILERS", "Case", "Code", "all_kinds", "compiled", "structures", "tensor_bytes"]
 
 ARCHITECTURES = (75, 80, 90)
 OUTPUT = pathlib.Path(__file__).parent / "results" / "gpu_code.md"
@@ -36,45 +45,144 @@ OUTPUT = pathlib.Path(__file__).parent / "results" / "gpu_code.md"
 
 @dataclass(frozen=True)
 class Code:
-    """A kernel that updates tensors of one kind, compiled for one architecture.
+    """A kernel, compiled for one architecture.
 
     Attributes:
         threads: of a block.
         registers: a thread.
-        spills: bytes of stack, and bytes stored to it and loaded from it.
-        traffic: of the loop over elements, one pass of one thread.
+        spills: bytes of stack, and bytes stored to it and loaded from it, functions included.
+        loops: those over vectors of elements.
         seconds: of processor time that the compiler took.
         size: of the machine code, in bytes.
     """
 
+    ptx: str
     threads: int
     registers: int
     spills: int
-    traffic: Traffic
+    loops: list[Traffic]
     seconds: float
     size: int
 
 
-def cuda_code(kind: Kind, architecture: int) -> Code:
-    """What NVRTC makes of it."""
-    source = cuda_source([kind], LEAST_WORDS)
-    start = time.thread_time()  # others may be at work on this machine
-    compiled = nvrtc.compiled(source, architecture, nvrtc.VERBOSE)
-    seconds = time.thread_time() - start
-    functions = resources(compiled.log)
-    (traffic,) = (t for t in streaming_loops(compiled.ptx, "evk_update") if t.stored[1])
+def cuda_code(kinds: Sequence[Kind], architecture: int, kernel: str = "update") -> Code:
+    """What NVRTC makes of it; both kernels are one source, which is compiled as a whole."""
+    source = cuda_source(kinds, LEAST_WORDS)
+    start = _processor_time()
+    made = nvrtc.compiled(source, architecture, nvrtc.VERBOSE)
+    seconds = _processor_time() - start
+    return _code(f"evk_{kernel}", THREADS, made.ptx, made.log, seconds, len(made.cubin))
+
+
+def triton_code(kinds: Sequence[Kind], architecture: int, kernel: str = "update") -> Code:
+    """What Triton makes of it; it compiles each kernel by itself."""
+    import triton
+
+    function = getattr(module_of(render_module(kinds)), kernel)
+    pointers = {"words": "*i64", "numbers": "*fp64"}
+    signature = {name: pointers[name] for name in function.arg_names}
+    # as a launch says of tensors that torch has allocated
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(signature))}
+    source = triton.compiler.ASTSource(function, signature, constexprs={}, attrs=aligned)
+    target = triton.backends.compiler.GPUTarget("cuda", architecture, 32)
+    log = io.StringIO()
+    start = _processor_time()
+    with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope():
+        triton.knobs.compilation.always_compile = True
+        triton.knobs.nvidia.dump_ptxas_log = True
+        with contextlib.redirect_stdout(log):
+            made = triton.compile(source, target=target, options=OPTIONS_OF_NVIDIA).asm
+    seconds = _processor_time() - start
+    threads = 32 * OPTIONS_OF_NVIDIA["num_warps"]
+    return _code(kernel, threads, made["ptx"], log.getvalue(), seconds, len(made["cubin"]))
+
+
+def _code(entry: str, threads: int, ptx: str, log: str, seconds: float, size: int) -> Code:
+    functions = resources(log)
     return Code(
-        THREADS,
-        functions["evk_update"].registers,
+        *(ptx, threads, functions[entry].registers),
         sum(function.stack + function.spills for function in functions.values()),
-        traffic,
-        seconds,
-        len(compiled.cubin),
+        *(streaming_loops(ptx, entry), seconds, size),
     )
 
 
-# What compiles a kind for an architecture, by the name of the backend.
-COMPILERS: dict[str, Callable[[Kind, int], Code]] = {"cuda": cuda_code}
+def _processor_time() -> float:
+    """Of this process and of those it has waited for: others may be at work on this machine."""
+    return sum(os.times()[:4])
+
+
+def _version_of_triton() -> str:
+    import triton
+
+    return f"Triton {triton.__version__}"
+
+
+def _no_triton() -> str | None:
+    return None if importlib.util.find_spec("triton") else "Triton is not installed"
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """What makes the code of a backend.
+
+    Attributes:
+        code: of a kernel for tensors of some kinds.
+        narrow: whether a thread has as many elements at a time as 16 bytes hold of its narrowest
+            tensor, and accesses wider ones several times; or else of the widest.
+        masked: whether threads behind the last element leave out accesses, not a pass of the loop.
+        why_not: the reason why it is not there, None if it is.
+        version: of it, with its name.
+    """
+
+    code: Callable[..., Code]
+    narrow: bool
+    masked: bool
+    why_not: Callable[[], str | None]
+    version: Callable[[], str]
+
+    def elements(self, kind: Kind) -> int:
+        """That a thread updates in one pass of the loop over vectors."""
+        return 16 // (min if self.narrow else max)(tensor_bytes(kind))
+
+
+# By the name of the backend.
+COMPILERS = {
+    "cuda": Compiler(
+        *(cuda_code, True, False, nvrtc.why_not),
+        lambda: "NVRTC {}.{}".format(*nvrtc.version()),
+    ),
+    "triton": Compiler(triton_code, False, True, _no_triton, _version_of_triton),
+}
+
+
+class Case(NamedTuple):
+    """The update of tensors of one kind, compiled for an architecture."""
+
+    backend: str
+    architecture: int
+    kind: Kind
+
+
+@contextlib.contextmanager
+def compiled(cases: Iterable[Case]) -> Iterator[dict[Case, Future[Code]]]:
+    """Compile them, on all cores; what has not begun when the block is left does not begin."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), spawn, _warm_up) as pool:
+        try:
+            yield {case: pool.submit(_compile, case) for case in cases}
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _compile(case: Case) -> Code:
+    return COMPILERS[case.backend].code([case.kind], case.architecture)
+
+
+def _warm_up() -> None:
+    """The first compilation of a process takes longer: it loads what compiles."""
+    for backend, compiler in COMPILERS.items():
+        if compiler.why_not() is None:
+            _compile(Case(backend, ARCHITECTURES[0], next(all_kinds())))
 
 
 def structures() -> Iterator[Structure]:
@@ -100,11 +208,10 @@ def all_kinds() -> Iterator[Kind]:
                     yield kind._replace(stochastic=True)
 
 
-def least_traffic(kind: Kind) -> tuple[int, int]:
-    """Bytes that an element must load and store: parameter, gradient and moments once each."""
+def tensor_bytes(kind: Kind) -> list[int]:
+    """Bytes of an element in each tensor: parameter, gradient, moments."""
     parameter, state = DTYPES[kind.parameter].bytes, DTYPES[kind.state].bytes
-    moments = len(kind.structure.program.state) * state
-    return 2 * parameter + moments, parameter + moments
+    return [parameter, parameter, *(state for _ in kind.structure.program.state)]
 
 
 def main() -> int:
@@ -118,7 +225,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--backends", nargs="+", choices=COMPILERS, default=list(COMPILERS))
+    parser.add_argument(
+        "--backends",
+        **{"nargs": "+", "choices": COMPILERS, "default": list(COMPILERS)},
+        help="whose kernels (default: both)",
+    )
     parser.add_argument(
         *("--architectures", "-a"),
         **{"nargs": "+", "type": int, "default": list(ARCHITECTURES), "metavar": "SM"},
@@ -130,46 +241,57 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Compile everything and write the tables."""
-    reason = nvrtc.why_not()
-    if reason is not None:
-        raise BackendError(reason)
-    tables = [line for name in options.backends for line in table(name, options.architectures)]
-    options.output.write_text("\n".join(tables), encoding="utf-8")
+    for backend in options.backends:
+        reason = COMPILERS[backend].why_not()
+        if reason is not None:
+            raise BackendError(reason)
+    lines = [_EXPLANATION]
+    for backend in options.backends:
+        lines += table(backend, options.architectures)
+    options.output.write_text("\n".join(lines), encoding="utf-8")
     print(f"written to {options.output}")
+
+
+_EXPLANATION = """\
+# What the compilers make of the GPU kernels
+
+Written by `bench/gpu_code.py`. A row is a kernel for tensors of one kind. Registers are those of a
+thread; occupancy is the part of a multiprocessor's threads that blocks of 256 can use with them.
+Loaded and stored is what the loop over vectors moves, counted in PTX; a gradient that becomes zero
+is stored beside it. Times are processor time.
+"""
 
 
 def table(backend: str, architectures: Sequence[int]) -> list[str]:
     """Of one backend: a row for each kind, architectures side by side."""
-    version = "{}.{}".format(*nvrtc.version())
     sms = " / ".join(f"sm_{architecture}" for architecture in architectures)
     head = [
         *("structure", "parameter", "state", f"registers, {sms}", "occupancy, %", "spills, bytes"),
         *("loaded, bytes an element", "stored", "accesses, bytes", "compiled in, s", "code, KB"),
     ]
+    kinds = list(all_kinds())
     rows = []
-    for kind in all_kinds():
-        codes = [COMPILERS[backend](kind, architecture) for architecture in architectures]
-        rows.append(_row(kind, codes, architectures))
-        print(*rows[-1], sep="  ", file=sys.stderr)
+    with compiled(Case(backend, a, kind) for kind in kinds for a in architectures) as codes:
+        for kind in kinds:
+            of_kind = [codes[Case(backend, a, kind)].result() for a in architectures]
+            rows.append(_row(backend, kind, of_kind, architectures))
+            print(*rows[-1], sep="  ", file=sys.stderr)
     return [
-        f"## {backend}, one kind a kernel, NVRTC {version}",
-        "",
-        "Loaded and stored is what the loop over elements moves, counted in PTX; a gradient that "
-        "becomes zero is stored beside it.",
-        "",
-        *markdown(head, rows),
-        "",
+        f"## {backend}, compiled by {COMPILERS[backend].version()}",
+        *("", *markdown(head, rows), ""),
     ]
 
 
-def _row(kind: Kind, codes: Sequence[Code], architectures: Sequence[int]) -> list[str]:
+def _row(
+    backend: str, kind: Kind, codes: Sequence[Code], architectures: Sequence[int]
+) -> list[str]:
     used = [
         occupancy(code.registers, architecture, code.threads)
         for code, architecture in zip(codes, architectures, strict=True)
     ]
-    first = codes[0]
-    # bytes of a pass → bytes of an element: it stores each element's parameter once, and moments
-    elements = first.traffic.stored[0] / least_traffic(kind)[1]
+    elements = COMPILERS[backend].elements(kind)
+    loops = [loop for code in codes for loop in code.loops]
+    cleared = tensor_bytes(kind)[0]
     return [
         kind.structure.name,
         kind.parameter,
@@ -177,9 +299,9 @@ def _row(kind: Kind, codes: Sequence[Code], architectures: Sequence[int]) -> lis
         _each(code.registers for code in codes),
         _each(f"{part:.0%}".rstrip("%") for part in used),
         _each(code.spills for code in codes),
-        f"{first.traffic.loaded[0] / elements:g}",
-        f"{first.traffic.stored[0] / elements:g}",
-        ", ".join(map(str, sorted(first.traffic.widths))),
+        _each(f"{loop.loaded[1] / elements:g}" for loop in loops),
+        _each(f"{loop.stored[1] / elements - cleared:g}" for loop in loops),
+        _each(", ".join(map(str, sorted({*loop.loads, *loop.stores}))) for loop in loops),
         _each(f"{code.seconds:.2f}" for code in codes),
         _each(f"{code.size / 1000:.0f}" for code in codes),
     ]

@@ -1,4 +1,8 @@
-"""What compiled GPU code does with registers and with memory: read from PTX and ptxas's log."""
+"""What compiled GPU code does with registers and with memory: read from PTX and ptxas's log.
+
+PTX as NVRTC and as Triton write it. Triton's has lines and labels for debuggers, and conditions on
+accesses where NVRTC's branches around them.
+"""
 
 from __future__ import annotations
 
@@ -56,14 +60,15 @@ class Traffic:
 
     Attributes:
         loaded, stored: on the way with the least and on the one with the most.
-        widths: of these accesses.
+        loads, stores: the bytes of each of these accesses, of all ways together.
         reread: loaded from addresses that are the same in every pass, and so come from the cache.
         doubles: instructions in double precision, of which small GPUs do few at a time.
     """
 
     loaded: tuple[int, int]
     stored: tuple[int, int]
-    widths: frozenset[int]
+    loads: tuple[int, ...]
+    stores: tuple[int, ...]
     reread: int
     doubles: int
 
@@ -80,12 +85,17 @@ def streaming_loops(ptx: str, entry: str) -> list[Traffic]:
         inside = frozenset().union(*(loops[other] for other in loops.keys() & body - {head}))
         if not any(_ACCESS.match(line) for i in inside for line in blocks[i].lines):
             found.append(_traffic(blocks, head, body))
-    return [loop for loop in found if max(loop.widths, default=0) == 16]
+    return [loop for loop in found if 16 in (*loop.loads, *loop.stores)]
 
 
-_ACCESS = re.compile(r"(@!?%p\d+\s+)?(ld|st)(?:\.volatile|\.relaxed|\.gpu)*\.global(\S*)\s")
+# Of global memory, or by an address of whatever memory.
+_ACCESS = re.compile(
+    r"(@!?%p\d+\s+)?(ld|st)(?!\S*\.(?:shared|local|param|const)\b)(\.\S+)\s.*\[\s*([^\s+\]]+)"
+)
 _DOUBLE = re.compile(r"(@!?%p\d+\s+)?(?!mov|ld|st)\w+\S*\.f64")
-_BRANCH = re.compile(r"(@!?%p\d+\s+)?bra(?:\.uni)?\s+(\S+);")
+_BRANCH = re.compile(r"(@!?%p\d+\s+)?(?:bra(?:\.uni)?|brx\.idx(?:\.uni)?\s+\S+,)\s+(\S+);")
+_TABLE = re.compile(r"(\$\w+):\s*\.branchtargets\s([^;]*);")
+_LABEL = re.compile(r"(\$\w+):")
 _END = re.compile(r"(@!?%p\d+\s+)?(?:ret|trap|exit);")
 
 
@@ -97,40 +107,53 @@ class _Block:
     next: list[int]
 
 
-def _body(ptx: str, entry: str) -> list[str]:
-    """The instructions and labels of a kernel."""
+def _body(ptx: str, entry: str) -> str:
+    """What stands between the braces of a kernel."""
     start = re.search(rf"\.entry {re.escape(entry)}\b", ptx)
     text = ptx[ptx.index("\n{", start.start()) + 2 :]
-    return [line.strip() for line in text[: text.index("\n}")].splitlines() if line.strip()]
+    return text[: text.index("\n}")]
 
 
-def _blocks(lines: list[str]) -> list[_Block]:
+def _blocks(body: str) -> list[_Block]:
     """Basic blocks; the first is where the kernel begins."""
+    tables = {name: re.findall(r"\$\w+", targets) for name, targets in _TABLE.findall(body)}
+    lines = [line.strip() for line in _TABLE.sub("", body).splitlines()]
+    branches = filter(None, map(_BRANCH.match, lines))
+    targets = {target for found in branches for target in tables.get(found[2], [found[2]])}
     parts: list[list[str]] = [[]]
+    labels = {}
     for line in lines:
-        if line.startswith("$"):
+        label = _LABEL.match(line)
+        if label and label[1] in targets:
+            labels[label[1]] = len(parts)
             parts.append([])
-        parts[-1].append(line)
-        if _BRANCH.match(line) or _END.match(line):
-            parts.append([])
-    parts = [part for part in parts if part]
-    labels = {part[0].partition(":")[0]: i for i, part in enumerate(parts)}
+        elif line and not label and not line.startswith((".", "//")):  # nor for debuggers
+            parts[-1].append(line)
+            if _BRANCH.match(line) or _END.match(line):
+                parts.append([])
+    if not targets <= labels.keys():
+        raise ValueError(f"where branches go is not read: {sorted(targets - labels.keys())}")
     blocks = []
     for i, part in enumerate(parts):
-        branch = _BRANCH.match(part[-1])
-        leaves = branch or _END.match(part[-1])
-        falls = [i + 1] if i + 1 < len(parts) and (not leaves or leaves[1]) else []
-        blocks.append(_Block(part, falls + ([labels[branch[2]]] if branch else [])))
-    if any("brx" in line for line in lines):
-        raise ValueError("an indirect branch: where it may go is not read")
+        last = part[-1] if part else ""
+        branch = _BRANCH.match(last)
+        leaves = branch or _END.match(last)
+        ends = leaves and not leaves[1]
+        after = [] if ends or i + 1 == len(parts) else [i + 1]
+        aims = tables.get(branch[2], [branch[2]]) if branch else []
+        blocks.append(_Block(part, after + [labels[aim] for aim in aims]))
     return blocks
 
 
 def _loops(blocks: list[_Block]) -> dict[int, frozenset[int]]:
     """All blocks of each loop, by its head."""
-    before: dict[int, list[int]] = {}
-    for i, block in enumerate(blocks):
-        for after in block.next:
+    before: dict[int, list[int]] = {0: []}
+    waiting = [0]
+    while waiting:  # blocks that cannot be reached are in no loop
+        i = waiting.pop()
+        for after in blocks[i].next:
+            if after not in before:
+                waiting.append(after)
             before.setdefault(after, []).append(i)
     bodies: dict[int, set[int]] = {}
     for tail, head in _backward(blocks):
@@ -183,10 +206,13 @@ def _traffic(blocks: list[_Block], head: int, body: frozenset[int]) -> Traffic:
 
         return rest(head)
 
-    found = [access for of_block in accesses.values() for access in of_block]
+    def sizes(what: str) -> tuple[int, ...]:
+        found = (access for of_block in accesses.values() for access in of_block)
+        return tuple(sorted(access.size for access in found if access.what == what))
+
     return Traffic(
         *((moved(what, min), moved(what, max)) for what in ("ld", "st")),
-        frozenset(access.size for access in found if access.what != "reread"),
+        *map(sizes, ("ld", "st")),
         moved("reread", max),
         sum(bool(_DOUBLE.match(line)) for line in lines),
     )
@@ -207,9 +233,7 @@ def _accesses(block: _Block, changing: set[str]) -> Iterator[_Access]:
         if found:
             vector = re.search(r"\.v(\d)", found[3])
             bits = re.search(r"\.[a-z]+(\d+)$", found[3])
-            fixed = (
-                found[2] == "ld" and re.search(r"\[(\S+?)(?:\+-?\d+)?\]", line)[1] not in changing
-            )
+            fixed = found[2] == "ld" and found[4] not in changing
             size = int(bits[1]) // 8 * int(vector[1] if vector else 1)
             yield _Access("reread" if fixed else found[2], size, bool(found[1]))
 

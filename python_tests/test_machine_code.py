@@ -52,32 +52,38 @@ $L__BB1_4:
 }
 """
 
-WIDE = frozenset({16})
+WIDE = (16, 16)
 
 
-def loop(loaded=(32, 32), stored=(16, 32), widths=WIDE, reread=0, doubles=0):
-    return Traffic(loaded, stored, widths, reread, doubles)
+def loop(loaded=(32, 32), stored=(16, 32), loads=WIDE, stores=WIDE, reread=0, doubles=0):
+    return Traffic(loaded, stored, loads, stores, reread, doubles)
 
 
 @pytest.mark.parametrize(
     ("extra", "expected"),
     [
         ("", loop()),
-        ("ld.global.f32 %f9, [%rd3];", loop(loaded=(36, 36), widths=frozenset({4, 16}))),
-        ("ld.volatile.global.f64 %fd9, [%rd3];", loop((40, 40), widths=frozenset({8, 16}))),
+        ("ld.global.f32 %f9, [%rd3];", loop((36, 36), loads=(4, *WIDE))),
+        ("ld.volatile.global.f64 %fd9, [%rd3];", loop((40, 40), loads=(8, *WIDE))),
         # an address that the loop does not change
         ("ld.global.u64 %rd7, [%rd2+8];", loop(reread=8)),
         ("ld.global.u64 %rd7, [%rd1];", loop(reread=8)),
-        ("ld.global.v2.u64 {%rd7, %rd1}, [%rd1+-8];", loop((48, 48))),  # a chain of addresses
-        ("@%p5 ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%rd3];", loop(loaded=(32, 48))),
+        (
+            "ld.global.v2.u64 {%rd7, %rd1}, [%rd1+-8];",
+            loop((48, 48), loads=(16, *WIDE)),
+        ),  # a chain of addresses
+        ("@%p5 ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%rd3];", loop((32, 48), loads=(16, *WIDE))),
         ("@!%p5 bra $L__BB1_3;", loop(stored=(0, 32))),
         ("@%p5 bra $L__BB1_4;", loop()),  # leaves the loop
-        ("st.global.u8 [%rd2], %rs1;", loop(stored=(17, 33), widths=frozenset({1, 16}))),
+        ("st.global.u8 [%rd2], %rs1;", loop(stored=(17, 33), stores=(1, *WIDE))),
         ("ld.local.v4.f32 {%f1, %f2, %f3, %f4}, [%rd3];", loop()),
         ("ld.param.u64 %rd8, [%rd3];", loop()),
         ("@!%p5 fma.rn.f64 %fd1, %fd1, %fd2, %fd3;", loop(doubles=1)),
         ("cvt.rn.f32.f64 %f1, %fd1;\n\tcvt.f64.f32 %fd1, %f1;", loop(doubles=2)),
         ("mov.f64 %fd1, 0d0000000000000000;\n\tld.shared.f64 %fd2, [%rd3];", loop()),
+        # whatever memory that is
+        ("ld.v2.u32 {%r1, %r2}, [%rd3];", loop((40, 40), loads=(8, *WIDE))),
+        ("@%p5 st.u32 [%rd3], %r1;", loop(stored=(16, 36), stores=(4, *WIDE))),
     ],
 )
 def test_what_a_loop_moves(extra, expected):
@@ -93,7 +99,7 @@ INNER = "$L__BB1_2:\n\tadd.s64 %rd7, %rd7, 1;\nEXTRA\n\t@%p7 bra $L__BB1_2;"
         ("", [loop()]),
         # nobody knows how often
         ("ld.global.f32 %f9, [%rd7];", []),
-        ("ld.global.v4.f32 {%f1, %f2, %f3, %f4}, [%rd7];", [loop((16, 16), (0, 0))]),
+        ("ld.global.v4.f32 {%f1, %f2, %f3, %f4}, [%rd7];", [loop((16, 16), (0, 0), (16,), ())]),
     ],
 )
 def test_a_loop_with_another_one_in_it(extra, expected):
@@ -101,14 +107,65 @@ def test_a_loop_with_another_one_in_it(extra, expected):
     assert streaming_loops(PTX.replace("EXTRA", inner), "evk_update") == expected
 
 
-def test_an_indirect_branch_is_not_guessed():
-    with pytest.raises(ValueError, match="indirect branch"):
+def test_a_branch_by_a_table():
+    table = "$L_brx_0: .branchtargets\n\t\t$L__BB1_4,\n\t\t$L__BB1_3;\n\tbrx.idx \t%r1, $L_brx_0;"
+    expected = loop(stored=(0, 0), stores=())  # what follows cannot be reached
+    assert streaming_loops(PTX.replace("EXTRA", table), "evk_update") == [expected]
+
+
+def test_a_branch_to_nowhere_is_not_guessed():
+    with pytest.raises(ValueError, match=r"not read: .*table"):
         streaming_loops(PTX.replace("EXTRA", "brx.idx %r1, table;"), "evk_update")
 
 
 def test_kernels_are_told_apart():
     found = streaming_loops(PTX.replace("EXTRA", ""), "other")
-    assert found == [loop(loaded=(16, 16), stored=(0, 0))]
+    assert found == [loop((16, 16), (0, 0), (16,), ())]
+
+
+# As Triton writes it: comments, lines and labels for debuggers, also behind a branch, accesses
+# under conditions, and one that all threads share.
+TRITON = """\
+.visible .entry update(
+	.param .u64 .ptr .global .align 1 update_param_0
+)
+.reqntid 256
+.maxnreg 80
+{
+	.reg .b64 	%rd<9>;
+	.loc	1 813 0                         // <module>:813:0
+$L__func_begin0:
+// %bb.0:
+	ld.param.b64 	%rd1, [update_param_0];
+$L__BB0_1:                              // =>This Loop Header: Depth=1
+	ld.global.b64 { %rd2 }, [ %rd1 + 0 ];
+	bra.uni 	$L__BB0_2;
+$L__tmp5:
+	.loc	1 814 0                         // <module>:814:0
+$L__BB0_2:                              // %.lr.ph
+                                        // =>   Parent Loop BB0_1 Depth=1
+	setp.lt.s32 	%p1, %r1, %r2;
+	add.s64 	%rd3, %rd2, %rd4;
+$L__tmp6:
+	// begin inline asm
+	mov.u32 %r3, 0x0;
+	@%p1 ld.global.v4.b32 { %r3, %r4, %r5, %r6 }, [ %rd3 + 0 ];
+	// end inline asm
+	@%p1 ld.global.v2.b32 { %r7, %r8 }, [ %rd3 + 16 ];
+	ld.global.b32 { %r9 }, [ %rd1 + 16 ];
+	and.pred 	%p2, %p3, %p1;
+	@%p2 st.global.v4.b32 [ %rd3 + 0 ], { %r3, %r4, %r5, %r6 };
+	add.s32 	%r1, %r1, 1024;
+	@%p4 bra 	$L__BB0_2;
+	@%p5 bra 	$L__BB0_1;
+	ret;
+$L__tmp7:
+}
+"""
+
+
+def test_a_loop_of_triton():
+    assert streaming_loops(TRITON, "update") == [loop((0, 24), (0, 16), (8, 16), (16,), 4)]
 
 
 LOG = """\

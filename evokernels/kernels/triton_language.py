@@ -456,7 +456,6 @@ def update_vectors(
     tensor = tensor_of(words, chunk)
     gradient = gradient_of(words, chunk)
     clear = tl.load(words + CLEAR) != 0
-    stream = random_stream(tensor, t)
     whole = vectors_for_update(chunk, tensor, gradient, vector)
     first = tl.multiple_of(tl.load(chunk + CHUNK_FIRST), CHUNK_ALIGNMENT)
     # casts in place: what is said of the result of a call is lost
@@ -468,9 +467,18 @@ def update_vectors(
     for done in range(0, whole, tile):
         i = done + tl.arange(0, tile)
         inside = i < whole
-        where = first + done
         update(
-            p + i, g + i, m + i, v + i, inside, clear, numbers, bits_of_vectors, where, stream, tile
+            p + i,
+            g + i,
+            m + i,
+            v + i,
+            inside,
+            clear,
+            numbers,
+            bits_of_vectors,
+            first + done,
+            random_stream(tensor, t),
+            tile,
         )
 
 

@@ -1,0 +1,149 @@
+"""The kernels of both GPU backends compiled for real GPUs: what their machine code needs and moves.
+
+For sm_75, which has the fewest threads and registers, every structure in every pair of dtypes. What
+differs between architectures is the assembler, not what is rendered: for sm_80 the largest rule in
+all dtypes, for sm_90 all rules in float32. `bench/gpu_code.py` compiles everything for all three.
+"""
+
+import math
+import re
+import struct
+
+import pytest
+from gpu_code import COMPILERS, Case, all_kinds, compiled, structures, tensor_bytes
+from machine_code import occupancy
+
+from evokernels.compiler.covers import COVERS
+from evokernels.compiler.spelling import DTYPES, Kind
+
+KINDS = list(all_kinds())
+FLOAT32 = [kind for kind in KINDS if (kind.parameter, kind.state) == ("float32", "float32")]
+LARGEST = [kind for kind in KINDS if kind.structure.name == "g_m_v_abs"]
+CASES = [
+    Case(backend, architecture, kind)
+    for backend in COMPILERS
+    for architecture, kinds in {75: KINDS, 80: LARGEST, 90: FLOAT32}.items()
+    for kind in kinds
+]
+
+# What leaves room for the blocks of 256 threads that are wanted at a time: two from sm_80 on, but
+# three with Triton, which is told a number of registers whatever the architecture.
+MOST_REGISTERS = {"cuda": 128, "triton": 80}
+
+
+def where_there_is(backend):
+    reason = COMPILERS[backend].why_not()
+    return pytest.mark.skipif(reason is not None, reason=str(reason))
+
+
+def case_name(case):
+    structure, parameter, state, stochastic = case.kind
+    rounding = ["stochastic"] if stochastic else []
+    names = [case.backend, f"sm_{case.architecture}", structure.name, parameter, state]
+    return "-".join([*names, *rounding])
+
+
+each_backend = pytest.mark.parametrize(
+    "backend", [pytest.param(backend, marks=where_there_is(backend)) for backend in COMPILERS]
+)
+each_case = pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=where_there_is(c.backend), id=case_name(c)) for c in CASES],
+)
+
+
+@pytest.fixture(scope="module")
+def code_of(request):
+    """The code of a case. All that have been selected are compiled from the first one on."""
+    selected = (i.callspec.params["case"] for i in request.session.items if i.obj is test_update)
+    with compiled(c for c in selected if COMPILERS[c.backend].why_not() is None) as codes:
+        yield lambda case: codes[case].result()
+
+
+def test_every_structure_and_pair_of_dtypes_is_compiled():
+    assert [structure.name for structure in structures()] == [cover.name for cover in COVERS]
+    assert len(KINDS) == len(set(KINDS)) == 2 * 5 + 6 * 14
+    assert (len(FLOAT32), len(LARGEST)) == (8, 14)
+
+
+def assert_fits(code, backend, architecture):
+    assert code.spills == 0
+    assert code.registers <= MOST_REGISTERS[backend]
+    if architecture == 75:
+        assert occupancy(code.registers, 75, code.threads) >= 0.75
+
+
+@each_case
+def test_update(code_of, case):
+    kind, compiler, code = case.kind, COMPILERS[case.backend], code_of(case)
+    assert_fits(code, case.backend, case.architecture)
+
+    # one loop over vectors; in it each tensor once: 16 bytes at a time, or with fewer the elements
+    # that another tensor has in 16
+    (loop,) = code.loops
+    sizes = [compiler.elements(kind) * size for size in tensor_bytes(kind)]
+    accesses = sorted(a for size in sizes for a in [min(16, size)] * math.ceil(size / 16))
+    assert max(accesses) == 16
+    assert loop.loads == loop.stores == tuple(accesses)
+    # all of it, or nothing behind the last element; a gradient is cleared only where that is wanted
+    loaded, stored = sum(sizes), sum(sizes[1:])
+    assert loop.loaded == (0 if compiler.masked else loaded, loaded)
+    assert loop.stored == (0 if compiler.masked else stored, stored + sizes[1])
+    assert loop.reread <= most_reread(case)
+    # of which small GPUs do few at a time
+    assert (loop.doubles > 0) == (kind.arithmetic == "float64")
+
+    assert ".ftz.f32" not in code.ptx
+    assert not re.search(r"(div|sqrt|rcp)\.(approx|full)\S*\.f32", code.ptx)
+    if kind.arithmetic == "float32" and "abs" in kind.structure.name:
+        assert "div.rn.f32" in code.ptx
+
+
+def most_reread(case):
+    """Bytes that all threads read from the same addresses in each pass, and so from a cache."""
+    kind = case.kind
+    drawn = 16 if kind.stochastic else 0  # seed and position, on which random bits depend
+    if case.backend == "triton":  # and the numbers of the rule, which would take registers
+        return drawn + len(kind.structure.program.scalars) * DTYPES[kind.arithmetic].bytes
+    # beside doubles there is no room for the random bits of eight elements: drawn for each
+    return drawn * (COMPILERS["cuda"].elements(kind) if kind.parameter == "float64" else 1)
+
+
+@each_backend
+@pytest.mark.parametrize("parameter", DTYPES)
+def test_the_sum_of_squares_reads_each_element_once(backend, parameter):
+    kind = Kind(KINDS[0].structure, parameter, DTYPES[parameter].arithmetic, False)
+    code = COMPILERS[backend].code([kind], 75, "squares")
+    assert_fits(code, backend, 75)
+    assert code.loops
+    for loop in code.loops:  # several times 16 bytes where it is unrolled
+        assert set(loop.loads) == {16}
+        assert loop.loaded == (0 if COMPILERS[backend].masked else sum(loop.loads), sum(loop.loads))
+        assert (loop.stored, loop.stores) == ((0, 0), ())
+        # converted, multiplied and added; fused on CUDA, where a T4 has few units for it
+        an_element = {"cuda": 1, "triton": 2}[backend] + (parameter != "float64")
+        assert loop.doubles == sum(loop.loads) // DTYPES[parameter].bytes * an_element
+
+
+@each_backend
+@pytest.mark.parametrize("mixed", ["structure", "parameter"])
+def test_a_kernel_of_several_kinds(backend, mixed):
+    """A model with two genomes, or in all dtypes, runs on one kernel."""
+    if mixed == "structure":
+        kinds = [kind for kind in FLOAT32 if kind.structure.name in ("g_m_v", "g_m")]
+    else:
+        kinds = [k for k in KINDS if k.structure.name == "g_m_v" and not k.stochastic]
+        kinds = [kind for kind in kinds if kind.state == kind.arithmetic]
+    assert len(kinds) == {"structure": 2, "parameter": 4}[mixed]
+    code = COMPILERS[backend].code(kinds, 75)
+    assert_fits(code, backend, 75)
+    assert len(code.loops) == len(kinds)
+
+
+@each_backend
+def test_numbers_keep_all_digits(backend):
+    """Constants of the step's formulas are float64 in the code, not float32 made longer."""
+    kind = Kind(LARGEST[0].structure, "float64", "float64", False)
+    code = COMPILERS[backend].code([kind], 75)
+    for number in (1e-06, math.pi, 0.5):
+        assert f"0d{struct.pack('>d', number).hex().upper()}" in code.ptx
