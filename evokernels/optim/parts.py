@@ -35,9 +35,15 @@ class Member:
     bound: BoundTensor
 
     @functools.cached_property
-    def schedule_lengths(self) -> tuple[float, ...]:
-        """Those of its genome; others mean binding again."""
-        return tuple(schedule_lengths(self.rule.genome, self.group["total_steps"]).values())
+    def fixed_inputs(self) -> tuple[float, ...]:
+        """The last values of `GROUP_INPUTS`, from clip on: others mean binding again."""
+        genome = self.rule.genome
+        return (
+            # a limit that is not there is infinite in the weights of the rule
+            genome.clip_value if genome.use_gradient_clipping else 1.0,
+            -1.0 if self.group["maximize"] else 1.0,
+            *schedule_lengths(genome, self.group["total_steps"]).values(),
+        )
 
     @property
     def place(self) -> Place | None:
@@ -180,7 +186,6 @@ class DevicePart:
             steps,
         )
         self._nothing = np.zeros(len(members))
-
         self.captured = False  # whether a graph may read the plan's tables at any time
         self._captured_rates: list[torch.Tensor] = []  # which it reads as well
 
@@ -262,7 +267,7 @@ class DevicePart:
 
 def _group_inputs(member: Member, lr: float | torch.Tensor) -> tuple[float | torch.Tensor, ...]:
     """What a member's group brings to a step: the values of `GROUP_INPUTS`."""
-    group, genome = member.group, member.rule.genome
+    group = member.group
     beta1, beta2 = beta_pair(group["betas"])
     return (
         lr,
@@ -272,10 +277,7 @@ def _group_inputs(member: Member, lr: float | torch.Tensor) -> tuple[float | tor
         log_of(beta1),
         log_of(beta2),
         nonnegative("eps", group["eps"]),
-        # a limit that is not there is infinite in the weights of the rule
-        genome.clip_value if genome.use_gradient_clipping else 1.0,
-        -1.0 if group["maximize"] else 1.0,
-        *member.schedule_lengths,
+        *member.fixed_inputs,
     )
 
 
