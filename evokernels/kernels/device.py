@@ -151,7 +151,7 @@ class DevicePlan:
     ) -> None:
         self._tensors = tensors
         self._device = counts.device
-        self._counts = counts
+        self._counts = counts  # kept: launches have its address alone
         self._orders = [memory_order(bound.parameter) for bound in tensors]
         structures = [structure_of(rule) for rule in rules]
         kinds = [_kind(b, structures[g]) for b, g in zip(tensors, groups, strict=True)]
@@ -256,11 +256,11 @@ class DevicePlan:
             launch.header["squares"] = sums.data_ptr()
             launch.header["partial_sums"] = sums[1:].data_ptr()
             launch.header["go_on"] = number > 0
-            addresses = launch.gradients.copy()
-            if chosen is not None:
-                launch.gradients *= chosen[launch.first : launch.end]
-            self._kernel.squares(launch.words, launch.blocks)
-            launch.gradients[:] = addresses
+            words = launch.words
+            if chosen is not None:  # a null address is no gradient
+                words = words.copy()
+                words[-len(launch.gradients) :] *= chosen[launch.first : launch.end]
+            self._kernel.squares(words, launch.blocks)
         return sums[0]
 
     @property
@@ -415,9 +415,8 @@ class _Launch:
 def _kind(bound: BoundTensor, structure: Structure) -> Kind:
     dtype = bound.parameter.dtype
     (state,) = {moment.dtype for moment in bound.moments.values()} or {ARITHMETIC[dtype]}
-    stochastic = bound.rounding is not None and torch.bfloat16 in (dtype, state)
-    names = (str(each).removeprefix("torch.") for each in (dtype, state))
-    return Kind(structure, *names, stochastic)
+    names = [str(each).removeprefix("torch.") for each in (dtype, state)]
+    return Kind(structure, *names, bound.rounding is not None and "bfloat16" in names)
 
 
 def _address(tensor: torch.Tensor | None) -> int:
