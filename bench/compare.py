@@ -1,4 +1,4 @@
-"""Compare optimizers: train each of them at the same budget, with the same seeds.
+"""Compare optimizers: train each of them under the same conditions, with the same seeds.
 
 An optimizer is a name of evokernels.zoo or a genome file. Prints fitness overall and per task as
 mean ± standard error over the seeds; writes comparison.csv (every run) and comparison.png.
@@ -18,9 +18,9 @@ from evokernels.errors import GenomeError
 from evokernels.evolution import report
 from evokernels.evolution.comparison import compare
 from evokernels.evolution.devices import find_device
-from evokernels.evolution.evaluator import Budget
 from evokernels.evolution.files import make_folder
 from evokernels.evolution.pool import open_pool
+from evokernels.evolution.trial import Conditions
 from evokernels.genome import Genome
 from evokernels.tasks import get_task
 
@@ -89,12 +89,12 @@ def run(options: argparse.Namespace) -> None:
         get_task(task)
     find_device(options.device)
     make_folder(options.out)
-    budget = Budget(options.steps, options.batch_size, options.train_samples)
+    conditions = Conditions(options.steps, options.batch_size, options.train_samples)
     workers = worker_count(options, options.threads, options.device)
     with (
         Bar() as bar,
         open_pool(
-            budget,
+            conditions,
             workers=workers,
             threads=options.threads,
             device=options.device,

@@ -15,8 +15,8 @@ from commandline import Bar, add_machine_options, exit_code, worker_count
 
 from evokernels.compiler.describe import formula
 from evokernels.evolution import report
-from evokernels.evolution.evaluator import Budget
 from evokernels.evolution.run import RunResult, RunSettings, evolve
+from evokernels.evolution.trial import Conditions
 from evokernels.search.genetic import GeneticConfig
 
 PRESETS = {
@@ -25,7 +25,7 @@ PRESETS = {
         search=GeneticConfig(population=12, generations=6, elites=2),
         tasks=("fashion_mnist_mini",),
         seeds=(0,),
-        budget=Budget(steps=100, batch_size=64, train_samples=None),
+        conditions=Conditions(steps=100, batch_size=64, train_samples=None),
         comparison_seeds=3,
         threads=1,
     ),
@@ -34,7 +34,7 @@ PRESETS = {
         search=GeneticConfig(population=50, generations=50, elites=3, tournament=4, max_terms=4),
         tasks=("fashion_mnist", "cifar10", "mnist"),
         seeds=(0, 1),
-        budget=Budget(steps=500, batch_size=128, train_samples=15_000),
+        conditions=Conditions(steps=500, batch_size=128, train_samples=15_000),
         comparison_seeds=3,
         threads=1,
     ),
@@ -106,7 +106,7 @@ def shown(value: object) -> str:
 def run(options: argparse.Namespace) -> None:
     """Run or resume, write the report, print the result."""
     values = PRESETS[options.preset].to_dict()
-    given = {name: getattr(options, name) for name in values}
+    given = {name: getattr(options, name, None) for name in values}
     values.update((name, value) for name, value in given.items() if value is not None)
     settings = RunSettings.from_dict(values)
     with Bar() as bar:
@@ -131,14 +131,14 @@ that selected it:
 
 {textwrap.indent(formula(best.genome), "    ")}
 
-Compared at the same budget ({settings.budget.steps} steps) on seeds {seeds}, which the selection
+Compared with as many steps ({settings.conditions.steps}) on seeds {seeds}, which the selection
 has not seen. Selection and comparison both use the test split, as in the source protocol.
 
 {result.comparison.tables()}
 
 {folder} has {", ".join(report.FILES)} and the journal. To train with the genome:
 
-{textwrap.indent(report.usage(folder, settings.budget.steps), "    ")}"""
+{textwrap.indent(report.usage(folder, settings.conditions.steps), "    ")}"""
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def jobs_of(
 ) -> list[tuple[str, str, Callable[[], dict[str, Any]]]]:
     """What is to be done: of which part, what it is, and the function that does it."""
     passes = options.passes or (QUICK_PASSES if options.quick else PASSES)
-    times, budget = (QUICK_EVALUATIONS, SHORT) if options.quick else (EVALUATIONS, PROTOCOL)
+    times, conditions = (QUICK_EVALUATIONS, SHORT) if options.quick else (EVALUATIONS, PROTOCOL)
     jobs = {
         "tests": {TESTS.name: run_tests},
         "steps": {
@@ -138,7 +138,7 @@ def jobs_of(
         },
         "evaluation": {
             options.task: functools.partial(
-                compare_evaluations, options.task, budget, options.data_dir, gpu.device, times
+                compare_evaluations, options.task, conditions, options.data_dir, gpu.device, times
             )
         },
     }

@@ -13,47 +13,48 @@ from torch.nn import functional
 from evokernels import zoo
 from evokernels.compiler.schedule import learning_rate_factor
 from evokernels.evolution.devices import reproducible
-from evokernels.evolution.evaluator import Budget, Trial, evaluate
+from evokernels.evolution.evaluator import evaluate
 from evokernels.evolution.fitness import DIVERGED_FITNESS, diverged, final_loss, run_fitness
+from evokernels.evolution.trial import Conditions, Trial
 from evokernels.tasks import ImageData, get_task, load_images, test_batches, training_batches
 
 __all__ = ["PROTOCOL", "SHORT", "compare_evaluations"]
 
-# The published genome on the budget of the source's protocol, and one to see that it all works.
+# The published genome on the conditions of the source's protocol, and one to see that it all works.
 GENOME = zoo.evolved_2025
-PROTOCOL = Budget(steps=500, batch_size=128, train_samples=15_000)
-SHORT = Budget(steps=50, batch_size=128, train_samples=None)
+PROTOCOL = Conditions(steps=500, batch_size=128, train_samples=15_000)
+SHORT = Conditions(steps=50, batch_size=128, train_samples=None)
 SEED = 0
 WARM_UP_STEPS = 3
 TEST_BATCH = 1000
 
 
 def compare_evaluations(
-    task: str, budget: Budget, data_dir: str | None, device: torch.device, passes: int
+    task: str, conditions: Conditions, data_dir: str | None, device: torch.device, passes: int
 ) -> dict[str, Any]:
     """Seconds and fitness of both, in turns; each has run for some steps before.
 
     Args:
         task: one of `evokernels.tasks`.
-        budget: a data set with fewer training images gives all that it has.
+        conditions: a data set with fewer training images gives all that it has.
     """
-    data = _images(task, budget.train_samples, data_dir)
+    data = _images(task, conditions.train_samples, data_dir)
     trial = Trial(GENOME, task, SEED)
-    budget = Budget(budget.steps, budget.batch_size, len(data.y_train))
+    conditions = Conditions(conditions.steps, conditions.batch_size, len(data.y_train))
     ways = {"evaluate": _by_evaluator, "source, eager loop": _by_source}
     for way in ways.values():
-        way(trial, Budget(WARM_UP_STEPS, budget.batch_size, None), data, device)
+        way(trial, Conditions(WARM_UP_STEPS, conditions.batch_size, None), data, device)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     fitness = {}
     for _ in range(passes):
         for name, way in ways.items():
             start = time.perf_counter()
-            fitness[name] = way(trial, budget, data, device)
+            fitness[name] = way(trial, conditions, data, device)
             seconds[name].append(time.perf_counter() - start)
     ours, theirs = seconds.values()
     return {
-        "steps": budget.steps,
-        "batch size": budget.batch_size,
+        "steps": conditions.steps,
+        "batch size": conditions.batch_size,
         "training images": len(data.y_train),
         "fitness": fitness,
         "seconds": {name: statistics.median(times) for name, times in seconds.items()},
@@ -70,19 +71,25 @@ def _images(task: str, samples: int | None, data_dir: str | None) -> ImageData:
     return load_images(name, data_dir, samples)
 
 
-def _by_evaluator(trial: Trial, budget: Budget, data: ImageData, device: torch.device) -> float:
-    return evaluate(trial, budget, data, str(device)).fitness
+def _by_evaluator(
+    trial: Trial, conditions: Conditions, data: ImageData, device: torch.device
+) -> float:
+    return evaluate(trial, conditions, data, str(device)).fitness
 
 
-def _by_source(trial: Trial, budget: Budget, data: ImageData, device: torch.device) -> float:
+def _by_source(
+    trial: Trial, conditions: Conditions, data: ImageData, device: torch.device
+) -> float:
     """The fitness, from the same weights and batches; every step waits for its loss."""
-    genome, task = trial.genome, get_task(trial.task)
+    genome, task = trial.optimizer, get_task(trial.task)
     with reproducible(device, trial.seed):
         model = task.model().to(device)
         parameters = list(model.parameters())
         moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
         losses = []
-        batches = training_batches(data, budget.batch_size, budget.steps, trial.seed, task.augment)
+        batches = training_batches(
+            data, conditions.batch_size, conditions.steps, trial.seed, task.augment
+        )
         for t, (x, y) in enumerate(batches, start=1):
             loss = functional.cross_entropy(model(x.to(device)), y.to(device))
             losses.append(loss.item())
@@ -90,7 +97,7 @@ def _by_source(trial: Trial, budget: Budget, data: ImageData, device: torch.devi
                 return DIVERGED_FITNESS
             model.zero_grad()
             loss.backward()
-            lr = genome.lr * learning_rate_factor(genome, t - 1, budget.steps)
+            lr = genome.lr * learning_rate_factor(genome, t - 1, conditions.steps)
             with torch.no_grad():
                 for p, (m, v) in zip(parameters, moments, strict=True):
                     eager_update(genome, p, p.grad, m, v, t, lr)

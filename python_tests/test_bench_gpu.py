@@ -24,7 +24,7 @@ from gpu_timing import DeviceStopwatch, Gpu
 from timing import median_of
 
 from evokernels import zoo
-from evokernels.evolution.evaluator import Budget
+from evokernels.evolution.trial import Conditions
 
 CONFTEST = pathlib.Path(__file__).with_name("conftest.py")
 
@@ -80,8 +80,8 @@ def tiny(monkeypatch):
     for case in ("SmallCNN", "64M"):
         monkeypatch.setitem(gpu_steps.LEFT_OUT, (case, "torch.compile"), "it takes long")
     monkeypatch.setattr(timing, "MOST", 2)
-    monkeypatch.setattr(gpu_evaluation, "PROTOCOL", Budget(2, 16, 64))
-    monkeypatch.setattr(gpu, "SHORT", Budget(2, 16, None))
+    monkeypatch.setattr(gpu_evaluation, "PROTOCOL", Conditions(2, 16, 64))
+    monkeypatch.setattr(gpu, "SHORT", Conditions(2, 16, None))
     apex = types.ModuleType("apex.optimizers")
     apex.FusedAdam = lambda *args, adam_w_mode, **kwargs: torch.optim.AdamW(
         *args, **kwargs, fused=adam_w_mode
@@ -295,7 +295,7 @@ def test_a_contestant_that_is_wrong_has_no_row(command, tiny, monkeypatch):
 
 def test_both_evaluations_train_alike():
     found = gpu_evaluation.compare_evaluations(
-        "fashion_mnist_mini", Budget(20, 64, None), None, torch.device("cpu"), passes=1
+        "fashion_mnist_mini", Conditions(20, 64, None), None, torch.device("cpu"), passes=1
     )
     evaluator, source = found["fitness"].values()
     assert evaluator == pytest.approx(source, abs=0.01)

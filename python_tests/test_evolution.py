@@ -17,19 +17,20 @@ from evokernels.compiler.canonical import canonical_key
 from evokernels.errors import DatasetError, JournalError, SettingsError
 from evokernels.evolution import evaluator, pool
 from evokernels.evolution.comparison import Comparison, Estimate, Row, compare
-from evokernels.evolution.evaluator import Budget, Outcome, Trial, evaluate
+from evokernels.evolution.evaluator import evaluate
 from evokernels.evolution.fitness import diverged, final_loss, genome_score, run_fitness
 from evokernels.evolution.journal import JOURNAL, Entry, open_journal
 from evokernels.evolution.pool import open_pool
 from evokernels.evolution.report import FILES, history_csv
 from evokernels.evolution.run import RunSettings, evolve
+from evokernels.evolution.trial import Conditions, Outcome, Trial
 from evokernels.genome import Genome
 from evokernels.search.genetic import GeneticConfig
 from evokernels.search.score import Status
 from evokernels.tasks import load_images
 
 MINI = "fashion_mnist_mini"
-BUDGET = Budget(steps=6, batch_size=32, train_samples=128)
+CONDITIONS = Conditions(steps=6, batch_size=32, train_samples=128)
 
 
 # Fitness
@@ -77,7 +78,7 @@ def images():
     """Images for evaluations in this process, with one thread, as a worker has."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield load_images(MINI, train_samples=BUDGET.train_samples)
+    yield load_images(MINI, train_samples=CONDITIONS.train_samples)
     torch.set_num_threads(threads)
 
 
@@ -98,10 +99,10 @@ def losses(monkeypatch):
 def test_an_evaluation_is_reproducible_and_leaves_the_global_generator(images, losses):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    first = evaluate(Trial(zoo.adam, MINI, 3), BUDGET, images)
+    first = evaluate(Trial(zoo.adam, MINI, 3), CONDITIONS, images)
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(1)
-    again = evaluate(Trial(zoo.adam, MINI, 3), BUDGET, images)
+    again = evaluate(Trial(zoo.adam, MINI, 3), CONDITIONS, images)
     assert dataclasses.replace(again, seconds=first.seconds) == first
     assert losses[0] == losses[1]
     assert (first.status, first.steps) == (Status.OK, 6)
@@ -114,22 +115,22 @@ def test_a_seed_decides_everything_but_the_optimizer(images, losses):
     idle = dataclasses.replace(zoo.sgd_momentum, lr_log10=-12.0)
     idle_too = dataclasses.replace(zoo.adam, lr_log10=-12.0)
     for genome, seed in ((idle, 0), (idle_too, 0), (idle, 1)):
-        evaluate(Trial(genome, MINI, seed), BUDGET, images)
+        evaluate(Trial(genome, MINI, seed), CONDITIONS, images)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert len(set(losses[0])) == 6
     assert not set(losses[0]) & set(losses[2])
 
 
 def test_training_learns(images):
-    budget = Budget(steps=40, batch_size=32, train_samples=128)
-    outcome = evaluate(Trial(zoo.adam, MINI, 0), budget, images)
+    conditions = Conditions(steps=40, batch_size=32, train_samples=128)
+    outcome = evaluate(Trial(zoo.adam, MINI, 0), conditions, images)
     assert outcome.accuracy > 0.5
 
 
 @pytest.mark.parametrize("lr_log10", [2.0, 0.5])
 def test_a_diverged_run_ends_early_with_minus_one(images, lr_log10, losses):
     wild = Genome(term_types=["SIGN_GRAD"], lr_log10=lr_log10)
-    outcome = evaluate(Trial(wild, MINI, 0), BUDGET, images)
+    outcome = evaluate(Trial(wild, MINI, 0), CONDITIONS, images)
     assert outcome.status is Status.DIVERGED
     assert (outcome.fitness, outcome.accuracy, outcome.final_loss) == (-1.0, None, None)
     assert [diverged(loss) for loss in losses[0]] == [False] * outcome.steps + [True]
@@ -138,7 +139,8 @@ def test_a_diverged_run_ends_early_with_minus_one(images, lr_log10, losses):
 def test_other_images_have_another_digest(images):
     other = load_images(MINI, train_samples=129)
     digests = {
-        evaluate(Trial(zoo.adam, MINI, 0), BUDGET, data).images for data in (images, other, images)
+        evaluate(Trial(zoo.adam, MINI, 0), CONDITIONS, data).data
+        for data in (images, other, images)
     }
     assert len(digests) == 2
 
@@ -159,12 +161,12 @@ class FakeTraining:
         self.fails_at = None
         self.images = "digest"
 
-    def __call__(self, trial, budget, data, device):
+    def __call__(self, trial, conditions, data, device):
         if len(self.trials) == self.fails_at:
             raise Killed
         self.trials.append(trial)
         self.devices.add(device)
-        name = f"{canonical_key(trial.genome)}{trial.task}{trial.seed}"
+        name = f"{canonical_key(trial.optimizer)}{trial.task}{trial.seed}"
         number = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 1000
         if number < 100:
             return Outcome(Status.DIVERGED, -1.0, None, None, 3, 0.1, self.images)
@@ -183,7 +185,7 @@ SETTINGS = RunSettings(
     search=GeneticConfig(population=6, generations=4, elites=2, tournament=3, seed=1),
     tasks=(MINI, "mnist"),
     seeds=(0, 1),
-    budget=BUDGET,
+    conditions=CONDITIONS,
     comparison_seeds=2,
     threads=1,
 )
@@ -229,7 +231,7 @@ def test_the_history_is_what_the_journal_says(training, tmp_path):
 
 def test_no_optimizer_is_trained_twice_on_the_same_task_and_seed(training, tmp_path):
     result = evolve(SETTINGS, tmp_path)
-    trained = [(canonical_key(t.genome), t.task, t.seed) for t in training.trials]
+    trained = [(canonical_key(t.optimizer), t.task, t.seed) for t in training.trials]
     assert len(trained) == len(set(trained))
     # two elites, on two tasks with two seeds, in each generation after the first
     assert all(entry.reused >= 8 for entry in result.history[1:])
@@ -285,8 +287,8 @@ def test_interrupted_anywhere_a_run_resumes_bit_identically(training, tmp_path):
         ({"seeds": (-1,)}, "seeds must be at least 0, got -1"),
         ({"threads": 0}, "threads must be at least 1"),
         ({"device": "gpu"}, "device must be cpu, cuda or cuda:N, got 'gpu'"),
-        ({"budget": Budget(0, 8, None)}, "steps must be at least 1"),
-        ({"budget": Budget(5, 8, 7)}, "train_samples must be at least 8, got 7"),
+        ({"conditions": Conditions(0, 8, None)}, "steps must be at least 1"),
+        ({"conditions": Conditions(5, 8, 7)}, "train_samples must be at least 8, got 7"),
         ({"comparison_seeds": 0}, "comparison_seeds must be at least 1"),
     ],
 )
@@ -452,7 +454,7 @@ def test_a_journal_of_another_search_is_refused(complete, monkeypatch):
 def test_an_entry_comes_back_as_it_was(tmp_path):
     trial = Trial(zoo.evolved_2025, MINI, 7)
     outcome = Outcome(Status.OK, 0.1 + 0.2, 1 / 3, 1e-17, 500, 1.25, "digest")
-    entry = Entry(3, 4, canonical_key(trial.genome), trial, outcome)
+    entry = Entry(3, 4, canonical_key(trial.optimizer), trial, outcome)
     with open_journal(tmp_path, {}) as journal:
         journal.add(entry)
     with open_journal(tmp_path, {}) as journal:
@@ -502,7 +504,7 @@ def test_tables_by_hand():
 def test_compare_trains_each_optimizer_with_each_seed(training):
     calls: list[tuple[int, int]] = []
     genomes = {"adam": zoo.adam, "again": zoo.adam, "rmsprop": zoo.rmsprop}
-    with open_pool(BUDGET, workers=1, threads=1) as workers:
+    with open_pool(CONDITIONS, workers=1, threads=1) as workers:
         result = compare(
             workers, genomes, [MINI], [4, 5], lambda done, expected: calls.append((done, expected))
         )
@@ -514,7 +516,7 @@ def test_compare_trains_each_optimizer_with_each_seed(training):
 
 def test_a_pool_of_one_leaves_the_number_of_threads():
     before = torch.get_num_threads()
-    with open_pool(BUDGET, workers=1, threads=before + 1):
+    with open_pool(CONDITIONS, workers=1, threads=before + 1):
         assert torch.get_num_threads() == before + 1
     assert torch.get_num_threads() == before
 

@@ -12,9 +12,10 @@ from evokernels import zoo
 from evokernels.errors import SettingsError
 from evokernels.evolution import evaluator, training
 from evokernels.evolution.devices import CudaGraph, find_device, reproducible
-from evokernels.evolution.evaluator import Budget, Trial, evaluate
+from evokernels.evolution.evaluator import evaluate
 from evokernels.evolution.fitness import diverged, within_limit
 from evokernels.evolution.training import LAYOUT, TrainingStep, train, train_on_device
+from evokernels.evolution.trial import Conditions, Trial
 from evokernels.genome import Genome
 from evokernels.optim import FusedEvolvedOptimizer
 from evokernels.search.score import Status
@@ -271,8 +272,8 @@ def test_beyond_the_cpu_evaluations_train_on_the_device(monkeypatch):
     monkeypatch.setattr(evaluator, "train_on_device", lambda *arguments: called.append(arguments))
     model = get_task("cifar10").model()
     data = random_images("cifar10").to(torch.device("meta"))
-    trial, budget = Trial(zoo.adam, "cifar10", 0), Budget(5, BATCH, None)
-    evaluator._train(model, trial, budget, data)
+    trial, conditions = Trial(zoo.adam, "cifar10", 0), Conditions(5, BATCH, None)
+    evaluator._train(model, trial, conditions, data)
     ((trained, _, _, draws, graph),) = called
     assert trained is model
     assert graph == "graph on meta"
@@ -317,7 +318,7 @@ def test_another_name_is_refused(cuda_devices, name):
 def test_a_device_that_is_not_there_is_refused(cuda_devices, count, name, message):
     cuda_devices(count)
     with pytest.raises(SettingsError, match=message) as caught:
-        evaluate(Trial(zoo.adam, MINI, 0), Budget(1, BATCH, None), random_images(MINI), name)
+        evaluate(Trial(zoo.adam, MINI, 0), Conditions(1, BATCH, None), random_images(MINI), name)
     assert "\n" not in str(caught.value)
 
 
@@ -352,9 +353,9 @@ def test_a_diverged_run_ends_as_in_the_plain_loop_on_cuda(genome):
 
 @pytest.mark.gpu
 def test_an_evaluation_on_cuda_is_reproducible_and_leaves_torch_as_it_was():
-    budget, data = Budget(40, BATCH, None), random_images(MINI)
+    conditions, data = Conditions(40, BATCH, None), random_images(MINI)
     before = torch.cuda.get_rng_state(CUDA), torch.backends.cudnn.deterministic
-    first, again = (evaluate(Trial(zoo.adam, MINI, 0), budget, data, "cuda") for _ in range(2))
+    first, again = (evaluate(Trial(zoo.adam, MINI, 0), conditions, data, "cuda") for _ in range(2))
     assert dataclasses.replace(again, seconds=first.seconds) == first
     assert (first.status, first.steps) == (Status.OK, 40)
     assert torch.equal(torch.cuda.get_rng_state(CUDA), before[0])

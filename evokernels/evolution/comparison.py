@@ -9,8 +9,8 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from evokernels.evolution.evaluator import Outcome, Trial
 from evokernels.evolution.pool import Pool
+from evokernels.evolution.trial import Outcome, Trial
 from evokernels.genome import Genome
 
 __all__ = ["Comparison", "Estimate", "Row", "compare"]

@@ -6,7 +6,6 @@ augmentation and dropout (common random numbers), so that their difference is th
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import time
@@ -16,7 +15,7 @@ import torch
 from evokernels.evolution.devices import CudaGraph, find_device, reproducible
 from evokernels.evolution.fitness import DIVERGED_FITNESS, diverged, final_loss, run_fitness
 from evokernels.evolution.training import LAYOUT, train, train_on_device
-from evokernels.genome import Genome
+from evokernels.evolution.trial import Conditions, Outcome, Trial
 from evokernels.optim import FusedEvolvedOptimizer
 from evokernels.search.score import Status
 from evokernels.tasks import (
@@ -29,57 +28,15 @@ from evokernels.tasks import (
     training_batches,
 )
 
-__all__ = ["Budget", "Outcome", "Trial", "evaluate"]
+__all__ = ["evaluate"]
 
 # Images in a batch of the test. On a CPU the activations of 100 stay near the caches; in batches of
 # 500 the test takes up to twice as long (measured). A GPU needs more to have something to do.
 TEST_BATCH = {"cpu": 100, "cuda": 1000}
 
 
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """One training run: what is trained (genome), on what (task), with which randomness (seed)."""
-
-    genome: Genome
-    task: str
-    seed: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Budget:
-    """What every training run of an experiment may cost: steps of ``batch_size`` images, drawn
-    from ``train_samples`` training images (None: all of them)."""
-
-    steps: int
-    batch_size: int
-    train_samples: int | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """How a trial ended.
-
-    Attributes:
-        status: ``DIVERGED`` where the loss became NaN, infinite or larger than 50.
-        fitness: as `evokernels.evolution.fitness` defines it; -1 for a diverged run.
-        accuracy: on the whole test split, in [0, 1]; None for a diverged run.
-        final_loss: mean training loss of the last 50 steps; None for a diverged run.
-        steps: optimizer steps taken; fewer than the budget for a diverged run.
-        seconds: wall-clock time of training and test.
-        images: digest of the data set, so that a run cannot go on with other images unnoticed.
-    """
-
-    status: Status
-    fitness: float
-    accuracy: float | None
-    final_loss: float | None
-    steps: int
-    seconds: float
-    images: str
-
-
-def evaluate(trial: Trial, budget: Budget, data: ImageData, device: str = "cpu") -> Outcome:
-    """Train within the budget, then test.
+def evaluate(trial: Trial, conditions: Conditions, data: ImageData, device: str = "cpu") -> Outcome:
+    """Train within the conditions, then test.
 
     Bit-reproducible for a given device and number of torch threads. Initial weights and batches
     are the same on every device, dropout is not. Leaves torch's global random generators as they
@@ -87,7 +44,7 @@ def evaluate(trial: Trial, budget: Budget, data: ImageData, device: str = "cpu")
 
     Args:
         trial: what to train.
-        budget: how long.
+        conditions: how long, with what.
         data: the images of ``trial.task``, on the CPU.
         device: "cpu", "cuda" or "cuda:N".
 
@@ -99,7 +56,7 @@ def evaluate(trial: Trial, budget: Budget, data: ImageData, device: str = "cpu")
     images = _copy(data, place)
     with reproducible(place, trial.seed):  # initial weights, then dropout
         model = get_task(trial.task).model().to(device=place, memory_format=LAYOUT)
-        losses = _train(model, trial, budget, images)
+        losses = _train(model, trial, conditions, images)
         if diverged(losses[-1]):
             accuracy = loss = None
             status, fitness, steps = Status.DIVERGED, DIVERGED_FITNESS, len(losses) - 1
@@ -110,11 +67,15 @@ def evaluate(trial: Trial, budget: Budget, data: ImageData, device: str = "cpu")
     return Outcome(status, fitness, accuracy, loss, steps, seconds, _digest(data))
 
 
-def _train(model: torch.nn.Module, trial: Trial, budget: Budget, data: ImageData) -> list[float]:
+def _train(
+    model: torch.nn.Module, trial: Trial, conditions: Conditions, data: ImageData
+) -> list[float]:
     """The loss before each step; ends with the first loss that counts as diverged."""
-    optimizer = FusedEvolvedOptimizer(model.parameters(), trial.genome, total_steps=budget.steps)
+    optimizer = FusedEvolvedOptimizer(
+        model.parameters(), trial.optimizer, total_steps=conditions.steps
+    )
     augment = get_task(trial.task).augment
-    settings = data, budget.batch_size, budget.steps, trial.seed, augment
+    settings = data, conditions.batch_size, conditions.steps, trial.seed, augment
     device = data.x_train.device
     if device.type == "cpu":
         return train(model, optimizer, training_batches(*settings))

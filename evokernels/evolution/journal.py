@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from evokernels.errors import JournalError
-from evokernels.evolution.evaluator import Outcome, Trial
+from evokernels.evolution.trial import Outcome, Trial
 from evokernels.genome import Genome
 from evokernels.search.score import Status
 
@@ -90,11 +90,11 @@ class Journal:
             )
         }
         self._genomes = {
-            (entry.generation, entry.place): entry.trial.genome
+            (entry.generation, entry.place): entry.trial.optimizer
             for entry in self._entries.values()
             if entry.generation is not None
         }
-        self._images = {entry.trial.task: entry.outcome.images for entry in self._entries.values()}
+        self._images = {entry.trial.task: entry.outcome.data for entry in self._entries.values()}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -120,16 +120,20 @@ class Journal:
             JournalError: it cannot be written, or was not made with the images of the run.
         """
         trial, outcome = entry.trial, entry.outcome
-        if self._images.setdefault(trial.task, outcome.images) != outcome.images:
+        if self._images.setdefault(trial.task, outcome.data) != outcome.data:
             raise JournalError(
                 f"the images of {trial.task} are not those that the run in {self.path.parent} "
                 "began with; point the data folder back at those, or use another run folder"
             )
         row = (
-            *(entry.generation, entry.place, json.dumps(trial.genome.to_dict(), allow_nan=False)),
+            *(
+                entry.generation,
+                entry.place,
+                json.dumps(trial.optimizer.to_dict(), allow_nan=False),
+            ),
             *(entry.key, trial.task, trial.seed, outcome.status.value, outcome.fitness),
             *(outcome.accuracy, outcome.final_loss, outcome.steps, outcome.seconds),
-            outcome.images,
+            outcome.data,
         )
         with _clear_errors(self.path):
             marks = ", ".join("?" * len(row))

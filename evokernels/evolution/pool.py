@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from evokernels.errors import WorkerError
-from evokernels.evolution.evaluator import Budget, Outcome, Trial, evaluate
+from evokernels.evolution.evaluator import evaluate
+from evokernels.evolution.trial import Conditions, Outcome, Trial
 from evokernels.tasks import ImageData, get_task, load_images
 
 __all__ = ["Pool", "open_pool"]
@@ -42,7 +43,7 @@ class Pool:
         executor: any `concurrent.futures.Executor` whose workers can import this package.
         in_flight: trials handed to it at a time; the number of its workers keeps all of them busy,
             and no more than that many trials are lost when the run is killed.
-        budget: of every trial.
+        conditions: of every trial.
         device: where every trial runs.
         data_dir: folder with data sets, or None (see `evokernels.tasks.load_images`).
     """
@@ -51,14 +52,14 @@ class Pool:
         self,
         executor: concurrent.futures.Executor,
         in_flight: int,
-        budget: Budget,
+        conditions: Conditions,
         device: str,
         data_dir: str | None,
     ) -> None:
         self._executor = executor
         self._in_flight = in_flight
         self._evaluate = functools.partial(
-            _evaluate, budget=budget, device=device, data_dir=data_dir
+            _evaluate, conditions=conditions, device=device, data_dir=data_dir
         )
 
     def run(self, trials: Iterable[Trial]) -> Iterator[tuple[Trial, Outcome]]:
@@ -89,7 +90,7 @@ class Pool:
 
 @contextlib.contextmanager
 def open_pool(
-    budget: Budget,
+    conditions: Conditions,
     *,
     workers: int,
     threads: int,
@@ -106,7 +107,7 @@ def open_pool(
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            yield Pool(InlineExecutor(), 1, budget, device, data_dir)
+            yield Pool(InlineExecutor(), 1, conditions, device, data_dir)
         finally:
             torch.set_num_threads(before)
         return
@@ -121,7 +122,7 @@ def open_pool(
         initargs=(threads,),
     ) as executor:
         try:
-            yield Pool(executor, workers, budget, device, data_dir)
+            yield Pool(executor, workers, conditions, device, data_dir)
         except BaseException:
             # the executor would wait for the trials in flight, up to a minute each
             for worker in set(multiprocessing.active_children()) - others:
@@ -143,9 +144,11 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _evaluate(trial: Trial, *, budget: Budget, device: str, data_dir: str | None) -> Outcome:
+def _evaluate(
+    trial: Trial, *, conditions: Conditions, device: str, data_dir: str | None
+) -> Outcome:
     dataset = get_task(trial.task).dataset
-    return evaluate(trial, budget, _images(dataset, data_dir, budget.train_samples), device)
+    return evaluate(trial, conditions, _images(dataset, data_dir, conditions.train_samples), device)
 
 
 @functools.cache  # a process loads each data set once

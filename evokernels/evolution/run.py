@@ -14,10 +14,10 @@ from evokernels.errors import SettingsError
 from evokernels.evolution import report
 from evokernels.evolution.comparison import Comparison
 from evokernels.evolution.devices import find_device
-from evokernels.evolution.evaluator import Budget, Outcome, Trial
 from evokernels.evolution.history import Generation, Result, summarise
 from evokernels.evolution.journal import Entry, Journal, open_journal
 from evokernels.evolution.pool import Pool, open_pool
+from evokernels.evolution.trial import Conditions, Outcome, Trial
 from evokernels.genome import Genome
 from evokernels.search.genetic import GeneticConfig, GeneticSearch, Scored
 from evokernels.tasks import get_task
@@ -35,7 +35,7 @@ class RunSettings:
         search: of the genetic algorithm.
         tasks: names of the tasks that every genome is trained on.
         seeds: of the training runs on each task; the same for every genome.
-        budget: of each training run.
+        conditions: of each training run.
         comparison_seeds: how many seeds the best genome is compared with Adam and AdamW on; they
             follow the largest of ``seeds``, so that selection has seen none of them.
         threads: torch threads of a training run (they decide the last bits of its numbers).
@@ -49,7 +49,7 @@ class RunSettings:
     search: GeneticConfig
     tasks: tuple[str, ...]
     seeds: tuple[int, ...]
-    budget: Budget
+    conditions: Conditions
     comparison_seeds: int
     threads: int
     device: str = "cpu"
@@ -59,9 +59,9 @@ class RunSettings:
             get_task(task)
         find_device(self.device)
         for name, value, least in (
-            ("steps", self.budget.steps, 1),
-            ("batch_size", self.budget.batch_size, 1),
-            ("train_samples", self.budget.train_samples, self.budget.batch_size),
+            ("steps", self.conditions.steps, 1),
+            ("batch_size", self.conditions.batch_size, 1),
+            ("train_samples", self.conditions.train_samples, self.conditions.batch_size),
             ("comparison_seeds", self.comparison_seeds, 1),
             ("threads", self.threads, 1),
             *(("seeds", seed, 0) for seed in self.seeds),
@@ -83,12 +83,14 @@ class RunSettings:
     def from_dict(cls, settings: Mapping[str, Any]) -> RunSettings:
         """The inverse of `to_dict`; lists do for tuples."""
         values = dict(settings)
-        budget = Budget(**{f.name: values.pop(f.name) for f in dataclasses.fields(Budget)})
+        conditions = Conditions(
+            **{f.name: values.pop(f.name) for f in dataclasses.fields(Conditions)}
+        )
         tasks, seeds = tuple(values.pop("tasks")), tuple(values.pop("seeds"))
         comparison_seeds, threads = values.pop("comparison_seeds"), values.pop("threads")
         device = values.pop("device", "cpu")
         search = GeneticConfig(seed=values.pop("run_seed"), **values)
-        return cls(search, tasks, seeds, budget, comparison_seeds, threads, device)
+        return cls(search, tasks, seeds, conditions, comparison_seeds, threads, device)
 
     def to_dict(self) -> dict[str, Any]:
         """Flat, as the journal keeps it; named like the options of the command line."""
@@ -98,7 +100,7 @@ class RunSettings:
             **search,
             "tasks": self.tasks,
             "seeds": self.seeds,
-            **dataclasses.asdict(self.budget),
+            **dataclasses.asdict(self.conditions),
             "comparison_seeds": self.comparison_seeds,
             "threads": self.threads,
             "device": self.device,
@@ -151,7 +153,7 @@ def evolve(
     with (
         open_journal(folder, settings.to_dict()) as journal,
         open_pool(
-            settings.budget,
+            settings.conditions,
             workers=workers,
             threads=settings.threads,
             device=settings.device,
@@ -247,7 +249,7 @@ class _Run:
         return runs * len(self.settings.tasks)
 
     def _entry(self, trial: Trial) -> Entry:
-        entry = self.journal.find(canonical_key(trial.genome), trial.task, trial.seed)
+        entry = self.journal.find(canonical_key(trial.optimizer), trial.task, trial.seed)
         assert entry is not None, "only asked for what `_train` has made sure of"
         return entry
 
