@@ -1,4 +1,4 @@
-"""Train one network with one genome and say how it went.
+"""Train one network with one optimizer and say how it went.
 
 Runs with the same seed share everything but the optimizer: initial weights, order of the batches,
 augmentation and dropout (common random numbers), so that their difference is the optimizers'.
@@ -12,11 +12,11 @@ import time
 
 import torch
 
+from evokernels.evolution.baselines import Baseline, build_optimizer
 from evokernels.evolution.devices import CudaGraph, find_device, reproducible
 from evokernels.evolution.fitness import DIVERGED_FITNESS, diverged, final_loss, run_fitness
 from evokernels.evolution.training import LAYOUT, train, train_on_device
 from evokernels.evolution.trial import Conditions, Outcome, Trial
-from evokernels.optim import FusedEvolvedOptimizer
 from evokernels.search.score import Status
 from evokernels.tasks import (
     Batches,
@@ -71,16 +71,16 @@ def _train(
     model: torch.nn.Module, trial: Trial, conditions: Conditions, data: ImageData
 ) -> list[float]:
     """The loss before each step; ends with the first loss that counts as diverged."""
-    optimizer = FusedEvolvedOptimizer(
-        model.parameters(), trial.optimizer, total_steps=conditions.steps
-    )
+    optimizer = build_optimizer(trial.optimizer, model, conditions.steps)
     augment = get_task(trial.task).augment
     settings = data, conditions.batch_size, conditions.steps, trial.seed, augment
     device = data.x_train.device
     if device.type == "cpu":
         return train(model, optimizer, training_batches(*settings))
-    draws = stack_draws(draw_batches(*settings)).map(lambda drawn: drawn.to(device))
-    return train_on_device(model, optimizer, Batches(data), draws, CudaGraph(device))
+    draws = (draw.map(lambda drawn: drawn.to(device)) for draw in draw_batches(*settings))
+    if isinstance(trial.optimizer, Baseline):  # most of them ask the device for numbers in a step
+        return train(model, optimizer, map(Batches(data).training, draws))
+    return train_on_device(model, optimizer, Batches(data), stack_draws(draws), CudaGraph(device))
 
 
 @torch.inference_mode()

@@ -49,10 +49,17 @@ def train(
 ) -> list[float]:
     """One step for each batch; ends early with the first loss that counts as diverged.
 
+    Args:
+        model: on the device of the batches.
+        optimizer: of its parameters. Where it has a function ``backward`` of the loss, that takes
+            the place of the loss's own: Sophia differentiates some gradients once more.
+        batches: x and y of each step.
+
     Returns:
         The loss before each step.
     """
     losses: list[float] = []
+    backward = getattr(optimizer, "backward", torch.Tensor.backward)
     model.train()
     for x, y in batches:
         loss = _loss(model, x, y)
@@ -60,7 +67,7 @@ def train(
         if diverged(losses[-1]):
             break
         optimizer.zero_grad()
-        loss.backward()
+        backward(loss)
         optimizer.step()
     return losses
 
