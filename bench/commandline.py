@@ -7,11 +7,20 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
+import torch
 from tqdm import tqdm
 
 from evokernels.errors import EvokernelsError
 
-__all__ = ["Bar", "add_machine_options", "exit_code", "markdown", "worker_count"]
+__all__ = [
+    "Bar",
+    "add_machine_options",
+    "add_precision",
+    "exit_code",
+    "markdown",
+    "precision",
+    "worker_count",
+]
 
 
 def exit_code(command: Callable[[], None], resume_hint: str) -> int:
@@ -41,6 +50,25 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
         help="processes that train; the result does not depend on them "
         "(as many as the processor has cores for; 1 on a CUDA device)",
     )
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """``--precision``, for `precision`."""
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of matrix products and convolutions; weights, moments and updates are float32. "
+        "auto: bfloat16 where the processor has instructions for it",
+    )
+
+
+def precision(options: argparse.Namespace) -> str:
+    """``--precision`` as `Conditions` have it; what "auto" means depends on the processor alone."""
+    if options.precision != "auto":
+        return options.precision
+    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if fast and options.device == "cpu" else "float32"
 
 
 def positive(text: str) -> int:

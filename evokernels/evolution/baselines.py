@@ -83,21 +83,20 @@ class Baseline:
                     f"{field} of {self.name} must be {allowed}, got {getattr(self, field)!r}"
                 )
 
-    def to_json(self) -> str:
-        """Standard JSON with all digits; `optimizer_from_json` reads it."""
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict."""
         fields = dataclasses.asdict(self)
-        return json.dumps({KIND: fields.pop("name"), **fields}, sort_keys=True)
+        return {KIND: fields.pop("name"), **fields}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Baseline:
-        """Of the fields that `to_json` writes; raises SettingsError for others."""
+        """The inverse of `to_dict`; raises SettingsError for other fields."""
         fields = {"name" if field == KIND else field: value for field, value in data.items()}
         expected = {field.name for field in dataclasses.fields(cls)}
         if set(fields) != expected:
-            differing = ", ".join(sorted(map(str, set(fields) ^ expected)))
             raise SettingsError(
-                f"a baseline has the fields {', '.join(sorted(expected))}; "
-                f"missing or unknown: {differing}"
+                f"a baseline has the fields {', '.join(sorted(expected))}; missing or unknown: "
+                f"{', '.join(sorted(map(str, set(fields) ^ expected)))}"
             )
         return cls(**fields)
 
@@ -153,11 +152,13 @@ def hessian_passes(optimizer: Genome | Baseline, steps: int) -> int:
 
 def optimizer_key(optimizer: Genome | Baseline) -> str:
     """A text that is equal for equal optimizers: a genome's canonical key, a baseline's JSON."""
-    return canonical_key(optimizer) if isinstance(optimizer, Genome) else optimizer.to_json()
+    if isinstance(optimizer, Genome):
+        return canonical_key(optimizer)
+    return json.dumps(optimizer.to_dict(), sort_keys=True)
 
 
 def optimizer_from_json(text: str) -> Genome | Baseline:
-    """The inverse of ``to_json`` of both.
+    """The inverse of ``to_dict`` of both, as JSON.
 
     Raises:
         GenomeError, SettingsError: the text is neither.

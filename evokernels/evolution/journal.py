@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from evokernels.errors import JournalError
+from evokernels.evolution.baselines import optimizer_from_json
 from evokernels.evolution.trial import Outcome, Trial
 from evokernels.genome import Genome
 from evokernels.search.score import Status
@@ -67,7 +68,7 @@ class Entry:
     Attributes:
         generation: of the search; None in the final comparison.
         place: in that generation; None in the final comparison.
-        key: `evokernels.compiler.canonical.canonical_key` of the genome.
+        key: `evokernels.evolution.baselines.optimizer_key` of the optimizer.
     """
 
     generation: int | None
@@ -266,7 +267,7 @@ def _connect(path: pathlib.Path, mode: str) -> sqlite3.Connection:
 
 def _entry(row: tuple) -> Entry:
     generation, place, genome, key, task, seed, status, *measured = row
-    trial = Trial(Genome.from_json(genome), task, seed)
+    trial = Trial(optimizer_from_json(genome), task, seed)
     return Entry(generation, place, key, trial, Outcome(Status(status), *measured))
 
 
