@@ -95,7 +95,7 @@ class Comparison:
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = tuple(rows)
-        self.names = tuple(dict.fromkeys(row.name for row in rows))
+        self.optimizers = tuple(dict.fromkeys(row.name for row in rows))
         self.tasks = tuple(dict.fromkeys(row.trial.task for row in rows))
         self.seeds = tuple(dict.fromkeys(row.trial.seed for row in rows))
         self._rows = {(row.name, row.trial.task, row.trial.seed): row for row in rows}
@@ -145,7 +145,7 @@ class Comparison:
                     *(str(version.overall_accuracy(name)) for version in versions),
                     self.gradient_passes(name),
                 )
-                for name in self.names
+                for name in self.optimizers
             ],
         )
         if len(self.tasks) == 1:
@@ -162,7 +162,7 @@ class Comparison:
                         for version in versions
                     ),
                 )
-                for name in self.names
+                for name in self.optimizers
             ],
         )
         return f"{overall}\n\n{per_task}"

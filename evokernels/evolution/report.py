@@ -123,17 +123,17 @@ def _plot_comparison(path: pathlib.Path, comparison: Comparison, tuned: Comparis
 
     versions = [comparison] if tuned is None else [comparison, tuned]
     groups = [*comparison.tasks, "overall"] if len(comparison.tasks) > 1 else comparison.tasks
-    count = len(comparison.names)
+    count = len(comparison.optimizers)
     width = 0.8 / count
     # a genome file by its name and folder, so that a long path leaves room for the bars
-    labels = ["/".join(pathlib.PurePath(name).parts[-2:]) for name in comparison.names]
+    labels = ["/".join(pathlib.PurePath(name).parts[-2:]) for name in comparison.optimizers]
     legend_width = 0.7 + 0.09 * max(map(len, labels))
     wide = 1.5 + 0.4 * len(groups) * max(count, 3) + legend_width
     figure = _figure(wide, 3.6 * len(versions))
     colours = matplotlib.color_sequences["tab20"]  # the usual ones repeat after ten
     for row, (version, title) in enumerate(zip(versions, ("untuned", "tuned"), strict=False), 1):
         axes = figure.add_subplot(len(versions), 1, row)
-        for place, name in enumerate(version.names):
+        for place, name in enumerate(version.optimizers):
             estimates = [
                 version.overall_fitness(name)
                 if group == "overall"
