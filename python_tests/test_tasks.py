@@ -45,7 +45,7 @@ def image_data(train=30, test=20, shape=(3, 32, 32)):
         y_test=torch.arange(test),
         mean=(0.4914, 0.4822, 0.4465)[:channels],
         std=(0.2470, 0.2435, 0.2616)[:channels],
-        num_classes=10,
+        classes=10,
     )
 
 
@@ -229,6 +229,50 @@ def test_impossible_train_samples_are_answered_with_the_number_there_is(wanted):
     message = f"train_samples is {wanted!r}, but 'fashion_mnist_mini' has 5000 training images"
     with pytest.raises(DatasetError, match=re.escape(message)):
         load_images("fashion_mnist_mini", train_samples=wanted)
+
+
+@pytest.mark.parametrize(
+    ("train_samples", "validation_samples", "trained"), [(100, 50, 100), (None, 50, 4950)]
+)
+def test_validation_images_are_the_next_ones_of_the_shuffle(
+    train_samples, validation_samples, trained
+):
+    split = load_images("fashion_mnist_mini", None, train_samples, validation_samples)
+    shuffled = load_images("fashion_mnist_mini", train_samples=5000)
+    for images, start, stop in (
+        ((split.x_train, split.y_train), 0, trained),
+        ((split.x_validation, split.y_validation), trained, trained + 50),
+    ):
+        assert torch.equal(images[0], shuffled.x_train[start:stop])
+        assert torch.equal(images[1], shuffled.y_train[start:stop])
+    assert torch.equal(split.x_test, shuffled.x_test)
+
+
+@pytest.mark.parametrize(
+    ("train_samples", "validation_samples", "message"),
+    [
+        (4000, 1001, "train_samples is 4000, but .* 5000 training images here, 1001 of them for"),
+        (4000, 1001, r"a whole number from 1 to 3999, or None for all$"),
+        (None, 5000, r"validation_samples is 5000, but .* a whole number from 0 to 4999$"),
+        (10, -1, "validation_samples is -1, but 'fashion_mnist_mini' has 5000 training images"),
+        (10, 2.0, "validation_samples is 2.0, but 'fashion_mnist_mini' has 5000 training images"),
+        (10, None, "validation_samples is None, but 'fashion_mnist_mini' has 5000 training"),
+    ],
+)
+def test_more_images_than_there_are_cannot_be_held_back(train_samples, validation_samples, message):
+    with pytest.raises(DatasetError, match=message):
+        load_images("fashion_mnist_mini", None, train_samples, validation_samples)
+
+
+def test_digests_of_the_embedded_data_set_are_for_good():
+    # journals hold them, and a run goes on only with the data that it began with
+    digests = {
+        samples: load_images("fashion_mnist_mini", None, *samples).digest()
+        for samples in ((None, 0), (128, 0), (128, 32), (128, 33))
+    }
+    assert digests[None, 0] == "5f709a668b4e97de"
+    assert digests[128, 0] == "57429e27bfffb365"
+    assert len(set(digests.values())) == 4
 
 
 def test_all_train_samples_are_the_whole_split():
@@ -562,6 +606,14 @@ def test_test_batches_are_the_whole_split_in_order():
     assert torch.equal(torch.cat([y for _, y in batches]), data.y_test)
     assert torch.equal(pixels(torch.cat([x for x, _ in batches]), data), data.x_test)
     assert [len(y) for _, y in tasks.test_batches(data, 100)] == [20]
+
+
+def test_validation_batches_are_the_held_back_images_in_order():
+    data = load_images("fashion_mnist_mini", None, 10, 20)
+    batches = list(tasks.Batches(data).split("validation", 8))
+    assert [len(y) for _, y in batches] == [8, 8, 4]
+    assert torch.equal(torch.cat([y for _, y in batches]), data.y_validation)
+    assert torch.equal(pixels(torch.cat([x for x, _ in batches]), data), data.x_validation)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def random_images(task):
         return images, torch.randint(10, (count,), generator=generator)
 
     constants = (0.5,) * shape[0], (0.25,) * shape[0]
-    return ImageData("random", *split(70), *split(130), *constants, num_classes=10)
+    return ImageData("random", *split(70), *split(130), *constants, classes=10)
 
 
 class Repeated:
@@ -95,7 +95,7 @@ class Run:
             for state in self.optimizer.state.values()
         ]
         self.statistics = {name: tensor.clone() for name, tensor in self.model.named_buffers()}
-        self.accuracy = evaluator._accuracy(self.model, data)
+        self.accuracy = evaluator._accuracy(self.model, data, "test")
 
 
 def assert_same(left, right):

@@ -7,7 +7,6 @@ augmentation and dropout (common random numbers), so that their difference is th
 from __future__ import annotations
 
 import functools
-import hashlib
 import time
 
 import torch
@@ -15,7 +14,7 @@ import torch
 from evokernels.evolution.devices import CudaGraph, find_device, reproducible
 from evokernels.evolution.fitness import DIVERGED_FITNESS, diverged, final_loss, run_fitness
 from evokernels.evolution.training import LAYOUT, train, train_on_device
-from evokernels.evolution.trial import Conditions, Outcome, Trial
+from evokernels.evolution.trial import Conditions, Outcome, Purpose, Trial
 from evokernels.optim import FusedEvolvedOptimizer
 from evokernels.search.score import Status
 from evokernels.tasks import (
@@ -24,7 +23,6 @@ from evokernels.tasks import (
     draw_batches,
     get_task,
     stack_draws,
-    test_batches,
     training_batches,
 )
 
@@ -36,7 +34,7 @@ TEST_BATCH = {"cpu": 100, "cuda": 1000}
 
 
 def evaluate(trial: Trial, conditions: Conditions, data: ImageData, device: str = "cpu") -> Outcome:
-    """Train within the conditions, then test.
+    """Train within the conditions, then measure on the split that they select by.
 
     Bit-reproducible for a given device and number of torch threads. Initial weights and batches
     are the same on every device, dropout is not. Leaves torch's global random generators as they
@@ -45,7 +43,7 @@ def evaluate(trial: Trial, conditions: Conditions, data: ImageData, device: str 
     Args:
         trial: what to train.
         conditions: how long, with what.
-        data: the images of ``trial.task``, on the CPU.
+        data: of ``trial.task``, loaded as the conditions say, on the CPU.
         device: "cpu", "cuda" or "cuda:N".
 
     Raises:
@@ -54,17 +52,21 @@ def evaluate(trial: Trial, conditions: Conditions, data: ImageData, device: str 
     start = time.perf_counter()
     place = find_device(device)
     images = _copy(data, place)
+    selection = "validation" if conditions.validation_samples else "test"
+    accuracy = loss = test_accuracy = None
     with reproducible(place, trial.seed):  # initial weights, then dropout
         model = get_task(trial.task).model().to(device=place, memory_format=LAYOUT)
         losses = _train(model, trial, conditions, images)
         if diverged(losses[-1]):
-            accuracy = loss = None
             status, fitness, steps = Status.DIVERGED, DIVERGED_FITNESS, len(losses) - 1
         else:
-            accuracy, loss = _accuracy(model, images), final_loss(losses)
+            accuracy, loss = _accuracy(model, images, selection), final_loss(losses)
             status, fitness, steps = Status.OK, run_fitness(accuracy, loss), len(losses)
+            if trial.purpose is Purpose.REPORT:
+                parity = selection == "test"
+                test_accuracy = accuracy if parity else _accuracy(model, images, "test")
     seconds = time.perf_counter() - start
-    return Outcome(status, fitness, accuracy, loss, steps, seconds, _digest(data))
+    return Outcome(status, fitness, accuracy, loss, steps, seconds, _digest(data), test_accuracy)
 
 
 def _train(
@@ -84,14 +86,14 @@ def _train(
 
 
 @torch.inference_mode()
-def _accuracy(model: torch.nn.Module, data: ImageData) -> float:
-    """Share of the test images that the model classifies correctly."""
+def _accuracy(model: torch.nn.Module, data: ImageData, split: str) -> float:
+    """Share of the images of a split that the model classifies correctly."""
     model.eval()
-    correct = sum(
-        (model(x.contiguous(memory_format=LAYOUT)).argmax(dim=1) == y).sum()
-        for x, y in test_batches(data, TEST_BATCH[data.x_test.device.type])
-    )
-    return int(correct) / len(data.y_test)
+    right = total = 0
+    for x, y in Batches(data).split(split, TEST_BATCH[data.y_test.device.type]):
+        right += (model(x.contiguous(memory_format=LAYOUT)).argmax(dim=-1) == y).sum()
+        total += y.numel()
+    return int(right) / total
 
 
 @functools.cache  # by identity, as `_digest`
@@ -101,9 +103,4 @@ def _copy(data: ImageData, device: torch.device) -> ImageData:
 
 @functools.cache  # by identity: a process computes it once for each data set it has loaded
 def _digest(data: ImageData) -> str:
-    """16 hexadecimal digits that tell data sets of the same name apart."""
-    digest = hashlib.blake2b(digest_size=8)
-    for tensor in (data.x_train, data.y_train, data.x_test, data.y_test):
-        digest.update(repr(tuple(tensor.shape)).encode())
-        digest.update(tensor.numpy())
-    return digest.hexdigest()
+    return data.digest()

@@ -147,10 +147,12 @@ def _end_with_parent() -> None:
 def _evaluate(
     trial: Trial, *, conditions: Conditions, device: str, data_dir: str | None
 ) -> Outcome:
-    dataset = get_task(trial.task).dataset
-    return evaluate(trial, conditions, _images(dataset, data_dir, conditions.train_samples), device)
+    samples = conditions.train_samples, conditions.validation_samples
+    return evaluate(trial, conditions, _images(trial.task, data_dir, *samples), device)
 
 
 @functools.cache  # a process loads each data set once
-def _images(dataset: str, data_dir: str | None, train_samples: int | None) -> ImageData:
-    return load_images(dataset, data_dir, train_samples)
+def _images(
+    task: str, data_dir: str | None, train_samples: int | None, validation_samples: int
+) -> ImageData:
+    return load_images(get_task(task).dataset, data_dir, train_samples, validation_samples)

@@ -6,7 +6,6 @@ same numbers wherever the images lie.
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ import torch
 
 from evokernels.errors import DatasetError
 from evokernels.tasks.datasets import ImageData
+from evokernels.tasks.splits import check_whole
 
 __all__ = ["Batches", "Draw", "draw_batches", "stack_draws", "test_batches", "training_batches"]
 
@@ -61,9 +61,9 @@ def draw_batches(
     Raises:
         DatasetError: an argument out of these bounds; at the call, before the first draw.
     """
-    _check_whole("batch_size", batch_size, least=1)
-    _check_whole("steps", steps, least=0)
-    _check_whole("seed", seed, least=0)
+    check_whole("batch_size", batch_size, least=1)
+    check_whole("steps", steps, least=0)
+    check_whole("seed", seed, least=0)
     if batch_size > len(data.y_train):
         raise DatasetError(
             f"batch_size is {batch_size}, but {data.name!r} has {len(data.y_train)} training "
@@ -100,9 +100,10 @@ class Batches:
             x = _mirrored_and_cropped(x, draw)
         return self._normalised(x), self._data.y_train[draw.chosen]
 
-    def test(self, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The test split in order, as `test_batches` has it."""
-        images, labels = self._data.x_test.split(batch_size), self._data.y_test.split(batch_size)
+    def split(self, split: str, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The "validation" or "test" split in order, as `test_batches` has the latter."""
+        images = getattr(self._data, f"x_{split}").split(batch_size)
+        labels = getattr(self._data, f"y_{split}").split(batch_size)
         for x, y in zip(images, labels, strict=True):
             yield self._normalised(x), y
 
@@ -127,8 +128,8 @@ def test_batches(data: ImageData, batch_size: int) -> Iterator[tuple[torch.Tenso
 
     The last batch has what is left over. Raises DatasetError for a ``batch_size`` below 1.
     """
-    _check_whole("batch_size", batch_size, least=1)
-    return Batches(data).test(batch_size)
+    check_whole("batch_size", batch_size, least=1)
+    return Batches(data).split("test", batch_size)
 
 
 def _draw_batches(
@@ -161,9 +162,3 @@ def _mirrored_and_cropped(x: torch.Tensor, draw: Draw) -> torch.Tensor:
     # All crops of every image as a view (B, C, 9, 9, H, W) without a copy; one of them is taken.
     crops = padded.unfold(2, height, 1).unfold(3, width, 1)
     return crops[torch.arange(batch, device=x.device), :, draw.top, draw.left]
-
-
-def _check_whole(name: str, value: int, least: int) -> None:
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or value < least:
-        raise DatasetError(f"{name} must be a whole number of at least {least}, got {value!r}")
