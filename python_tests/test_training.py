@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from repeated import Repeated
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -53,21 +54,6 @@ def random_images(task):
 
     constants = (0.5,) * shape[0], (0.25,) * shape[0]
     return ImageData("random", *split(70), *split(130), *constants, classes=10)
-
-
-class Repeated:
-    """Stands for a CUDA graph: what is recorded is kept, and called."""
-
-    def __init__(self):
-        self.replays = 0
-
-    def capture(self, prepare, work):
-        prepare()
-        self._work = work
-
-    def replay(self):
-        self._work()
-        self.replays += 1
 
 
 class Run:
@@ -273,8 +259,8 @@ def test_beyond_the_cpu_evaluations_train_on_the_device(monkeypatch):
     model = get_task("cifar10").model()
     data = random_images("cifar10").to(torch.device("meta"))
     trial, conditions = Trial(zoo.adam, "cifar10", 0), Conditions(5, BATCH, None)
-    evaluator._train(model, trial, conditions, data)
-    ((trained, _, _, draws, graph),) = called
+    evaluator._train(model, trial, conditions, data, None)
+    ((trained, _, _, draws, graph, _),) = called
     assert trained is model
     assert graph == "graph on meta"
     assert all(drawn.is_meta and drawn.shape == (5, BATCH) for drawn in draws)

@@ -12,7 +12,7 @@ import time
 import torch
 
 from evokernels.evolution.devices import CudaGraph, find_device, reproducible
-from evokernels.evolution.fitness import DIVERGED_FITNESS, diverged, final_loss, run_fitness
+from evokernels.evolution.fitness import DIVERGED_FITNESS, Hurdle, diverged, final_loss, run_fitness
 from evokernels.evolution.training import LAYOUT, train, train_on_device
 from evokernels.evolution.trial import Conditions, Outcome, Purpose, Trial
 from evokernels.optim import FusedEvolvedOptimizer
@@ -52,16 +52,20 @@ def evaluate(trial: Trial, conditions: Conditions, data: ImageData, device: str 
     start = time.perf_counter()
     place = find_device(device)
     images = _copy(data, place)
+    stops = conditions.hurdle and trial.purpose is Purpose.SEARCH
+    hurdle = Hurdle(data.classes) if stops else None
     selection = "validation" if conditions.validation_samples else "test"
     accuracy = loss = test_accuracy = None
     with reproducible(place, trial.seed):  # initial weights, then dropout
         model = get_task(trial.task).model().to(device=place, memory_format=LAYOUT)
-        losses = _train(model, trial, conditions, images)
+        losses = _train(model, trial, conditions, images, hurdle)
         if diverged(losses[-1]):
             status, fitness, steps = Status.DIVERGED, DIVERGED_FITNESS, len(losses) - 1
         else:
             accuracy, loss = _accuracy(model, images, selection), final_loss(losses)
-            status, fitness, steps = Status.OK, run_fitness(accuracy, loss), len(losses)
+            stopped = hurdle is not None and hurdle.fails(losses)
+            status = Status.STOPPED if stopped else Status.OK
+            fitness, steps = run_fitness(accuracy, loss), len(losses)
             if trial.purpose is Purpose.REPORT:
                 parity = selection == "test"
                 test_accuracy = accuracy if parity else _accuracy(model, images, "test")
@@ -70,9 +74,13 @@ def evaluate(trial: Trial, conditions: Conditions, data: ImageData, device: str 
 
 
 def _train(
-    model: torch.nn.Module, trial: Trial, conditions: Conditions, data: ImageData
+    model: torch.nn.Module,
+    trial: Trial,
+    conditions: Conditions,
+    data: ImageData,
+    hurdle: Hurdle | None,
 ) -> list[float]:
-    """The loss before each step; ends with the first loss that counts as diverged."""
+    """The loss before each step; ends with the first loss that counts as diverged, or early."""
     optimizer = FusedEvolvedOptimizer(
         model.parameters(), trial.optimizer, total_steps=conditions.steps
     )
@@ -80,9 +88,9 @@ def _train(
     settings = data, conditions.batch_size, conditions.steps, trial.seed, augment
     device = data.x_train.device
     if device.type == "cpu":
-        return train(model, optimizer, training_batches(*settings))
+        return train(model, optimizer, training_batches(*settings), hurdle)
     draws = stack_draws(draw_batches(*settings)).map(lambda drawn: drawn.to(device))
-    return train_on_device(model, optimizer, Batches(data), draws, CudaGraph(device))
+    return train_on_device(model, optimizer, Batches(data), draws, CudaGraph(device), hurdle)
 
 
 @torch.inference_mode()

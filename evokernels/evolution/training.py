@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 
 from evokernels.evolution.devices import forked_generators
-from evokernels.evolution.fitness import diverged, within_limit
+from evokernels.evolution.fitness import Hurdle, diverged, within_limit
 from evokernels.tasks import Batches, Draw
 
 __all__ = ["LAYOUT", "Graph", "train", "train_on_device"]
@@ -46,8 +46,11 @@ def train(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    hurdle: Hurdle | None = None,
 ) -> list[float]:
     """One step for each batch; ends early with the first loss that counts as diverged.
+
+    A hurdle that is not taken ends it too, after its step.
 
     Returns:
         The loss before each step.
@@ -62,6 +65,8 @@ def train(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if hurdle and hurdle.fails(losses):
+            break
     return losses
 
 
@@ -71,6 +76,7 @@ def train_on_device(
     batches: Batches,
     draws: Draw,
     graph: Graph,
+    hurdle: Hurdle | None = None,
 ) -> list[float]:
     """`train` without the host: the steps are replays of one that was recorded.
 
@@ -81,6 +87,7 @@ def train_on_device(
         batches: of images on the device.
         draws: stacked, one for each step, on the device.
         graph: not yet used.
+        hurdle: as in `train`.
 
     Returns:
         The loss before each step, up to and with the first that counts as diverged. The weights
@@ -91,10 +98,14 @@ def train_on_device(
     graph.capture(step.warm_up, step)
     done = 0
     while done < len(step.losses) and not step.diverged.item():
-        replays = min(LOOK_EVERY, len(step.losses) - done)
-        for _ in range(replays):
+        look = min(done + LOOK_EVERY, len(step.losses))
+        if hurdle and done < hurdle.STEP < look:
+            look = hurdle.STEP
+        for _ in range(done, look):
             graph.replay()
-        done += replays
+        done = look
+        if hurdle and hurdle.fails(step.losses[:done].tolist()):
+            break
     losses = step.losses[:done].tolist()
     healthy = sum(1 for _ in itertools.takewhile(lambda loss: not diverged(loss), losses))
     return losses[: healthy + 1]

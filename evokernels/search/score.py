@@ -13,6 +13,7 @@ class Status(enum.Enum):
     """How an evaluation ended."""
 
     OK = "ok"
+    STOPPED = "stopped"  # by a hurdle: measured as it was then, and ranked by that
     DIVERGED = "diverged"
 
 
@@ -22,7 +23,7 @@ class Score:
 
     Args:
         fitness: higher is better; finite, so that every comparison means something.
-        status: ``DIVERGED`` ranks below every ``OK`` score, whatever its fitness.
+        status: ``DIVERGED`` ranks below every other score, whatever its fitness.
 
     Raises:
         ValueError: the fitness is NaN or infinite: a failed evaluation is a status, not a number.
@@ -41,4 +42,4 @@ class Score:
     @property
     def rank(self) -> tuple[bool, float]:
         """Sort key, best last."""
-        return self.status is Status.OK, self.fitness
+        return self.status in (Status.OK, Status.STOPPED), self.fitness
