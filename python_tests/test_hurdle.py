@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from repeated import Repeated
+from as_on_device import Repeated
 
 from evokernels import zoo
 from evokernels.evolution import evaluator, training
@@ -16,7 +16,7 @@ from evokernels.evolution.trial import Conditions, Purpose, Trial
 from evokernels.genome import Genome
 from evokernels.optim import FusedEvolvedOptimizer
 from evokernels.search.score import Score, Status
-from evokernels.tasks import Batches, draw_batches, load_images, stack_draws
+from evokernels.tasks import Batches, load_images, stack_draws
 
 MINI = "fashion_mnist_mini"
 BATCH = 4
@@ -65,7 +65,7 @@ def trained(data, steps, hurdle, graph=None):
     with reproducible(torch.device("cpu"), 0):
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
         optimizer = FusedEvolvedOptimizer(model.parameters(), slow)
-        draws = list(draw_batches(data, BATCH, steps, 0, augment=False))
+        draws = list(data.draw_batches(BATCH, steps, 0))
         batches = Batches(data)
         if graph is None:
             made = map(batches.training, draws)

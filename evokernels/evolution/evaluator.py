@@ -13,14 +13,13 @@ import torch
 
 from evokernels.evolution.devices import CudaGraph, find_device, reproducible
 from evokernels.evolution.fitness import DIVERGED_FITNESS, Hurdle, diverged, final_loss, run_fitness
-from evokernels.evolution.training import LAYOUT, train, train_on_device
+from evokernels.evolution.training import LAYOUT, logits, train, train_on_device
 from evokernels.evolution.trial import Conditions, Outcome, Purpose, Trial
 from evokernels.optim import FusedEvolvedOptimizer
 from evokernels.search.score import Status
 from evokernels.tasks import (
     Batches,
-    ImageData,
-    draw_batches,
+    TaskData,
     get_task,
     stack_draws,
     training_batches,
@@ -28,12 +27,13 @@ from evokernels.tasks import (
 
 __all__ = ["evaluate"]
 
-# Images in a batch of the test. On a CPU the activations of 100 stay near the caches; in batches of
-# 500 the test takes up to twice as long (measured). A GPU needs more to have something to do.
+# Samples in a batch of the test. On a CPU the activations of 100 images stay near the caches; in
+# batches of 500 the test takes up to twice as long (measured). A GPU needs more to have something
+# to do.
 TEST_BATCH = {"cpu": 100, "cuda": 1000}
 
 
-def evaluate(trial: Trial, conditions: Conditions, data: ImageData, device: str = "cpu") -> Outcome:
+def evaluate(trial: Trial, conditions: Conditions, data: TaskData, device: str = "cpu") -> Outcome:
     """Train within the conditions, then measure on the split that they select by.
 
     Bit-reproducible for a given device and number of torch threads. Initial weights and batches
@@ -51,24 +51,24 @@ def evaluate(trial: Trial, conditions: Conditions, data: ImageData, device: str 
     """
     start = time.perf_counter()
     place = find_device(device)
-    images = _copy(data, place)
+    copied = _copy(data, place)
     stops = conditions.hurdle and trial.purpose is Purpose.SEARCH
     hurdle = Hurdle(data.classes) if stops else None
     selection = "validation" if conditions.validation_samples else "test"
     accuracy = loss = test_accuracy = None
     with reproducible(place, trial.seed):  # initial weights, then dropout
-        model = get_task(trial.task).model().to(device=place, memory_format=LAYOUT)
-        losses = _train(model, trial, conditions, images, hurdle)
+        model = get_task(trial.task).model(data.classes).to(device=place, memory_format=LAYOUT)
+        losses = _train(model, trial, conditions, copied, hurdle)
         if diverged(losses[-1]):
             status, fitness, steps = Status.DIVERGED, DIVERGED_FITNESS, len(losses) - 1
         else:
-            accuracy, loss = _accuracy(model, images, selection), final_loss(losses)
+            accuracy, loss = _accuracy(model, copied, selection), final_loss(losses)
             stopped = hurdle is not None and hurdle.fails(losses)
             status = Status.STOPPED if stopped else Status.OK
             fitness, steps = run_fitness(accuracy, loss), len(losses)
             if trial.purpose is Purpose.REPORT:
                 parity = selection == "test"
-                test_accuracy = accuracy if parity else _accuracy(model, images, "test")
+                test_accuracy = accuracy if parity else _accuracy(model, copied, "test")
     seconds = time.perf_counter() - start
     return Outcome(status, fitness, accuracy, loss, steps, seconds, _digest(data), test_accuracy)
 
@@ -77,38 +77,37 @@ def _train(
     model: torch.nn.Module,
     trial: Trial,
     conditions: Conditions,
-    data: ImageData,
+    data: TaskData,
     hurdle: Hurdle | None,
 ) -> list[float]:
     """The loss before each step; ends with the first loss that counts as diverged, or early."""
     optimizer = FusedEvolvedOptimizer(
         model.parameters(), trial.optimizer, total_steps=conditions.steps
     )
-    augment = get_task(trial.task).augment
-    settings = data, conditions.batch_size, conditions.steps, trial.seed, augment
-    device = data.x_train.device
-    if device.type == "cpu":
-        return train(model, optimizer, training_batches(*settings), hurdle)
-    draws = stack_draws(draw_batches(*settings)).map(lambda drawn: drawn.to(device))
-    return train_on_device(model, optimizer, Batches(data), draws, CudaGraph(device), hurdle)
+    settings = conditions.batch_size, conditions.steps, trial.seed
+    if data.device.type == "cpu":
+        return train(model, optimizer, training_batches(data, *settings), hurdle)
+    draws = stack_draws(data.draw_batches(*settings)).map(lambda drawn: drawn.to(data.device))
+    graph = CudaGraph(data.device)
+    return train_on_device(model, optimizer, Batches(data), draws, graph, hurdle)
 
 
 @torch.inference_mode()
-def _accuracy(model: torch.nn.Module, data: ImageData, split: str) -> float:
-    """Share of the images of a split that the model classifies correctly."""
+def _accuracy(model: torch.nn.Module, data: TaskData, split: str) -> float:
+    """Share of a split, of its images or of its characters, that the model predicts right."""
     model.eval()
     right = total = 0
-    for x, y in Batches(data).split(split, TEST_BATCH[data.y_test.device.type]):
-        right += (model(x.contiguous(memory_format=LAYOUT)).argmax(dim=-1) == y).sum()
+    for x, y in Batches(data).split(split, TEST_BATCH[data.device.type]):
+        right += (logits(model, x).argmax(dim=-1) == y).sum()
         total += y.numel()
     return int(right) / total
 
 
 @functools.cache  # by identity, as `_digest`
-def _copy(data: ImageData, device: torch.device) -> ImageData:
+def _copy(data: TaskData, device: torch.device) -> TaskData:
     return data.to(device)
 
 
 @functools.cache  # by identity: a process computes it once for each data set it has loaded
-def _digest(data: ImageData) -> str:
+def _digest(data: TaskData) -> str:
     return data.digest()

@@ -19,7 +19,7 @@ import torch
 from evokernels.errors import WorkerError
 from evokernels.evolution.evaluator import evaluate
 from evokernels.evolution.trial import Conditions, Outcome, Trial
-from evokernels.tasks import ImageData, get_task, load_images
+from evokernels.tasks import TaskData, get_task
 
 __all__ = ["Pool", "open_pool"]
 
@@ -148,11 +148,11 @@ def _evaluate(
     trial: Trial, *, conditions: Conditions, device: str, data_dir: str | None
 ) -> Outcome:
     samples = conditions.train_samples, conditions.validation_samples
-    return evaluate(trial, conditions, _images(trial.task, data_dir, *samples), device)
+    return evaluate(trial, conditions, _data(trial.task, data_dir, *samples), device)
 
 
 @functools.cache  # a process loads each data set once
-def _images(
+def _data(
     task: str, data_dir: str | None, train_samples: int | None, validation_samples: int
-) -> ImageData:
-    return load_images(get_task(task).dataset, data_dir, train_samples, validation_samples)
+) -> TaskData:
+    return get_task(task).load(data_dir, train_samples, validation_samples)

@@ -2,7 +2,7 @@
 
 Both train with the same batches and end with the same losses. The second is for devices on which
 a step takes less time than the host needs to ask for its operations: the whole step, from the
-gathering of its images to the update, is recorded once and replayed.
+gathering of its samples to the update, is recorded once and replayed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from evokernels.evolution.devices import forked_generators
 from evokernels.evolution.fitness import Hurdle, diverged, within_limit
 from evokernels.tasks import Batches, Draw
 
-__all__ = ["LAYOUT", "Graph", "train", "train_on_device"]
+__all__ = ["LAYOUT", "Graph", "logits", "train", "train_on_device"]
 
 # Convolution, pooling and batch norm of the two networks are 1.2 to 1.5 times faster with the
 # channels innermost (measured on a CPU with one thread, training), twice as fast in the test.
@@ -84,7 +84,7 @@ def train_on_device(
         model: on the device, not yet trained.
         optimizer: of its parameters, with no state yet. The ``lr`` of its groups becomes a tensor
             on the device, and ``found_inf`` the flag that holds it back after divergence.
-        batches: of images on the device.
+        batches: of data on the device.
         draws: stacked, one for each step, on the device.
         graph: not yet used.
         hurdle: as in `train`.
@@ -173,6 +173,11 @@ class TrainingStep:
         self.diverged.zero_()
 
 
+def logits(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What the model says of a batch, images (4 dimensions) with the channels innermost."""
+    return model(x.contiguous(memory_format=LAYOUT) if x.ndim == 4 else x)
+
+
 def _loss(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy of a batch, 0-d."""
-    return functional.cross_entropy(model(x.contiguous(memory_format=LAYOUT)), y)
+    """Mean cross entropy of all predictions of a batch, 0-d."""
+    return functional.cross_entropy(logits(model, x).flatten(0, -2), y.flatten())

@@ -1,4 +1,4 @@
-"""Image data sets, held in memory as uint8 tensors.
+"""Image data sets by name.
 
 `load_images` looks in this order: the package itself (``fashion_mnist_mini``), ``<name>.npz`` in
 the data folder, a torchvision copy in the data folder, the network. What comes over the network
@@ -8,7 +8,6 @@ is stored in the data folder as ``<name>.npz``, so that it is fetched and conver
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.resources
 import os
 import pathlib
@@ -19,61 +18,11 @@ import numpy as np
 import torch
 
 from evokernels.errors import DatasetError
+from evokernels.tasks.folder import data_folder
+from evokernels.tasks.images import ARRAYS, ImageData
 from evokernels.tasks.splits import training_size
 
-__all__ = ["ImageData", "load_images"]
-
-ARRAYS = ("x_train", "y_train", "x_test", "y_test")
-VALIDATION = ("x_validation", "y_validation")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ImageData:
-    """Images and labels of a data set, not normalised.
-
-    Args:
-        name: the data set.
-        x_train: training images, uint8 (N, C, H, W), contiguous.
-        y_train: their classes, int64 (N,), in [0, ``classes``).
-        x_test: images of the test split, like ``x_train``.
-        y_test: their classes, like ``y_train``.
-        mean: mean of each channel, pixels counted from 0 to 1.
-        std: standard deviation of each channel, in the same unit.
-        classes: number of classes.
-        x_validation: images held back from the training split, like ``x_train``; may be empty.
-        y_validation: their classes, like ``y_train``.
-    """
-
-    name: str
-    x_train: torch.Tensor = dataclasses.field(repr=False)
-    y_train: torch.Tensor = dataclasses.field(repr=False)
-    x_test: torch.Tensor = dataclasses.field(repr=False)
-    y_test: torch.Tensor = dataclasses.field(repr=False)
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    classes: int
-    x_validation: torch.Tensor = dataclasses.field(
-        default_factory=lambda: torch.empty(0, dtype=torch.uint8), repr=False
-    )
-    y_validation: torch.Tensor = dataclasses.field(
-        default_factory=lambda: torch.empty(0, dtype=torch.int64), repr=False
-    )
-
-    def to(self, device: torch.device) -> ImageData:
-        """The same data set with its tensors on ``device``."""
-        return dataclasses.replace(
-            self, **{name: getattr(self, name).to(device) for name in (*ARRAYS, *VALIDATION)}
-        )
-
-    def digest(self) -> str:
-        """16 hexadecimal digits that tell data sets of the same name apart; on the CPU only."""
-        digest = hashlib.blake2b(digest_size=8)
-        # without validation images it is what it was before there were any: journals hold it
-        for name in (*ARRAYS, *(VALIDATION if len(self.y_validation) else ())):
-            tensor = getattr(self, name)
-            digest.update(repr(tuple(tensor.shape)).encode())
-            digest.update(tensor.numpy())
-        return digest.hexdigest()
+__all__ = ["load_images"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +55,7 @@ def load_images(
     data_dir: str | os.PathLike[str] | None = None,
     train_samples: int | None = None,
     validation_samples: int = 0,
+    augment: bool = False,
 ) -> ImageData:
     """A data set by name: mnist, fashion_mnist, cifar10 or fashion_mnist_mini (embedded).
 
@@ -120,6 +70,7 @@ def load_images(
             The test split is always whole.
         validation_samples: hold that many further images of the training split back, the next
             ones of that shuffle.
+        augment: see `ImageData`.
 
     Raises:
         DatasetError: unknown name, fewer images than asked for, or a data set that is missing,
@@ -134,7 +85,7 @@ def load_images(
             arrays = _read_npz(path, "install evokernels again")
         origin = f"embedded {name}.npz"
     else:
-        folder = _data_folder(data_dir)
+        folder = data_folder(data_dir)
         path = folder / f"{name}.npz"
         if os.path.lexists(path):  # a dangling link is reported, not replaced by a download
             remedy = "restore the file, or remove it to have the data set downloaded"
@@ -157,12 +108,8 @@ def load_images(
         classes=source.classes,
         x_validation=_channels_first(x_train[held_back]),
         y_validation=_labels(y_train[held_back]),
+        augment=augment,
     )
-
-
-def _data_folder(data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
-    chosen = data_dir or os.environ.get("EVOKERNELS_DATA") or "~/.cache/evokernels/data"
-    return pathlib.Path(chosen).expanduser()
 
 
 def _read_npz(path: pathlib.Path, remedy: str) -> dict[str, np.ndarray]:
