@@ -219,9 +219,10 @@ def _describe(exitcode: int) -> str:
     """How a process ended, as a part of a sentence."""
     if exitcode >= 0:
         return f"ended with exit code {exitcode}"
-    number = -exitcode
-    name = signal.Signals(number).name if number in signal.Signals else f"signal {number}"
-    hint = ", as the system does when memory runs out" if number == signal.SIGKILL else ""
+    name = f"signal {-exitcode}"
+    with contextlib.suppress(ValueError):  # not all have a name
+        name = signal.Signals(-exitcode).name
+    hint = ", as the system does when memory runs out" if exitcode == -signal.SIGKILL else ""
     return f"was killed by {name}{hint}"
 
 

@@ -129,9 +129,9 @@ class Pool:
         in_flight: trials handed to it at a time; the number of its workers keeps all of them busy,
             and no more than that many trials are lost when the run is killed.
         evaluation: what it does with them.
-        time_limit: seconds that a trial may run, not counted the time in which this process is
-            itself stopped. `WorkerProcesses` end one that is past it; on another executor it goes
-            on unheeded, and keeps its worker.
+        time_limit: seconds that a trial may run; a time in which this process is stopped does not
+            count. A trial past it is ended by `WorkerProcesses`. Any other executor counts the
+            start of a worker in, cannot end the trial, and lacks its worker until it ends itself.
     """
 
     def __init__(
