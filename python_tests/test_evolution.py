@@ -514,9 +514,10 @@ def test_compare_trains_each_optimizer_with_each_seed(training):
     assert calls == [(done, 4) for done in range(5)]
 
 
-def test_a_pool_of_one_leaves_the_number_of_threads():
+def test_a_pool_of_one_leaves_the_number_of_threads(training):
     before = torch.get_num_threads()
-    with open_pool(CONDITIONS, workers=1, threads=before + 1):
+    with open_pool(CONDITIONS, workers=1, threads=before + 1) as workers:
+        list(workers.run([Trial(zoo.adam, MINI, 0)]))
         assert torch.get_num_threads() == before + 1
     assert torch.get_num_threads() == before
 

@@ -43,11 +43,11 @@ CREATE TABLE evaluation (
     seed INTEGER NOT NULL,
     status TEXT NOT NULL,
     fitness REAL NOT NULL,
-    accuracy REAL,                    -- NULL: diverged
-    final_loss REAL,                  -- NULL: diverged
+    accuracy REAL,                    -- NULL: not measured
+    final_loss REAL,                  -- NULL: not measured
     steps INTEGER NOT NULL,
     seconds REAL NOT NULL,
-    images TEXT NOT NULL,             -- digest of the data set
+    images TEXT NOT NULL,             -- digest of the data set, if it is known
     UNIQUE (key, task, seed)
 );
 """
@@ -94,7 +94,11 @@ class Journal:
             for entry in self._entries.values()
             if entry.generation is not None
         }
-        self._images = {entry.trial.task: entry.outcome.data for entry in self._entries.values()}
+        self._images = {
+            entry.trial.task: entry.outcome.data
+            for entry in self._entries.values()
+            if entry.outcome.data
+        }
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -120,7 +124,7 @@ class Journal:
             JournalError: it cannot be written, or was not made with the images of the run.
         """
         trial, outcome = entry.trial, entry.outcome
-        if self._images.setdefault(trial.task, outcome.data) != outcome.data:
+        if outcome.data and self._images.setdefault(trial.task, outcome.data) != outcome.data:
             raise JournalError(
                 f"the images of {trial.task} are not those that the run in {self.path.parent} "
                 "began with; point the data folder back at those, or use another run folder"

@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import math
 
-__all__ = ["Score", "Status"]
+__all__ = ["MEASURED", "Score", "Status"]
 
 
 class Status(enum.Enum):
@@ -15,6 +15,13 @@ class Status(enum.Enum):
     OK = "ok"
     STOPPED = "stopped"  # by a hurdle: measured as it was then, and ranked by that
     DIVERGED = "diverged"
+    CRASHED = "crashed"  # its worker process ended in the middle of it
+    TIMED_OUT = "timed out"
+    OUT_OF_MEMORY = "out of memory"
+
+
+# the statuses whose fitness was measured
+MEASURED = frozenset({Status.OK, Status.STOPPED})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +30,7 @@ class Score:
 
     Args:
         fitness: higher is better; finite, so that every comparison means something.
-        status: ``DIVERGED`` ranks below every other score, whatever its fitness.
+        status: one that is not in `MEASURED` ranks below every one that is, whatever its fitness.
 
     Raises:
         ValueError: the fitness is NaN or infinite: a failed evaluation is a status, not a number.
@@ -42,4 +49,4 @@ class Score:
     @property
     def rank(self) -> tuple[bool, float]:
         """Sort key, best last."""
-        return self.status in (Status.OK, Status.STOPPED), self.fitness
+        return self.status in MEASURED, self.fitness
