@@ -22,7 +22,8 @@ from evokernels.evolution.fitness import diverged, final_loss, genome_score, run
 from evokernels.evolution.journal import JOURNAL, Entry, open_journal
 from evokernels.evolution.pool import open_pool
 from evokernels.evolution.report import FILES, history_csv
-from evokernels.evolution.run import RunSettings, evolve
+from evokernels.evolution.run import evolve
+from evokernels.evolution.settings import RunSettings
 from evokernels.evolution.trial import Conditions, Outcome, Trial
 from evokernels.genome import Genome
 from evokernels.search.genetic import GeneticConfig

@@ -77,13 +77,14 @@ def run_fitness(accuracy: float, loss: float) -> float:
 def genome_score(runs: Mapping[str, Iterable[tuple[float, Status]]]) -> Score:
     """Score of a genome: the mean over the seeds of each task, then over the tasks.
 
-    A genome that diverged in any run has the status ``DIVERGED``: an optimizer that fails one
-    training in six is no optimizer, however good the other five are.
+    A genome has the status of its worst run: an optimizer that fails one training in six is no
+    optimizer, however good the other five are.
 
     Args:
         runs: for each task, the fitness and the status of each of its runs.
     """
     by_task = {task: list(pairs) for task, pairs in runs.items()}
     means = [statistics.fmean(fitness for fitness, _ in pairs) for pairs in by_task.values()]
-    failed = any(status is Status.DIVERGED for pairs in by_task.values() for _, status in pairs)
-    return Score(statistics.fmean(means), Status.DIVERGED if failed else Status.OK)
+    statuses = {status for pairs in by_task.values() for _, status in pairs}
+    # listed from the best to the worst
+    return Score(statistics.fmean(means), max(statuses, key=list(Status).index))
