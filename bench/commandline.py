@@ -18,7 +18,6 @@ __all__ = [
     "add_precision",
     "exit_code",
     "markdown",
-    "precision",
     "worker_count",
 ]
 
@@ -53,7 +52,7 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_precision(parser: argparse.ArgumentParser) -> None:
-    """``--precision``, for `precision`."""
+    """``--precision``, for `resolved_precision`."""
     parser.add_argument(
         "--precision",
         choices=("auto", "float32", "bfloat16"),
@@ -63,12 +62,12 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def precision(options: argparse.Namespace) -> str:
-    """``--precision`` as `Conditions` have it; what "auto" means depends on the processor alone."""
-    if options.precision != "auto":
-        return options.precision
+def resolved_precision(name: str, device: str) -> str:
+    """``--precision`` as `Conditions` have it; "auto" depends on device and processor alone."""
+    if name != "auto":
+        return name
     fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return "bfloat16" if fast and options.device == "cpu" else "float32"
+    return "bfloat16" if fast and device == "cpu" else "float32"
 
 
 def positive(text: str) -> int:

@@ -21,7 +21,7 @@ from commandline import (
     add_precision,
     exit_code,
     positive,
-    precision,
+    resolved_precision,
     worker_count,
 )
 
@@ -123,7 +123,7 @@ def run(options: argparse.Namespace) -> None:
         options.train_samples,
         validation_samples=options.validation_samples
         or (VALIDATION_SAMPLES if options.tune else 0),
-        precision=precision(options),
+        precision=resolved_precision(options.precision, options.device),
     )
     contest = Contest(
         {name: optimizer(name) for name in names},

@@ -28,13 +28,15 @@ def eager_update(
         g = torch.clamp(g, -genome.clip_value, genome.clip_value)
     if genome.weight_decay > 0:
         p.mul_(1 - lr * genome.weight_decay)
-    seen_m, seen_v = g, g * g
+    seen_m = g
     if genome.use_m:
         m.mul_(genome.beta1).add_(g, alpha=1 - genome.beta1)
         seen_m = m / (1 - genome.beta1**t) if genome.use_bias_correction else m
     if genome.use_v:
         v.mul_(genome.beta2).addcmul_(g, g, value=1 - genome.beta2)
         seen_v = v / (1 - genome.beta2**t) if genome.use_bias_correction else v
+    else:
+        seen_v = g * g
     update = torch.zeros_like(p)
     for term, alpha in zip(genome.term_types, genome.alphas, strict=True):
         if term == Term.GRAD:

@@ -15,7 +15,10 @@ from commandline import Bar, add_machine_options, exit_code, worker_count
 
 from evokernels.compiler.describe import formula
 from evokernels.evolution import report
-from evokernels.evolution.run import RunResult, RunSettings, evolve
+from evokernels.evolution.audit import audit_line
+from evokernels.evolution.ledger import ledger_line
+from evokernels.evolution.run import RunResult, evolve
+from evokernels.evolution.settings import RunSettings
 from evokernels.evolution.trial import Conditions
 from evokernels.search.genetic import GeneticConfig
 
@@ -25,19 +28,41 @@ PRESETS = {
         search=GeneticConfig(population=12, generations=6, elites=2),
         tasks=("fashion_mnist_mini",),
         seeds=(0,),
-        conditions=Conditions(steps=100, batch_size=64, train_samples=None),
+        conditions=Conditions(
+            steps=100, batch_size=64, train_samples=None, validation_samples=1000, hurdle=True
+        ),
         comparison_seeds=3,
         threads=1,
+        race=True,
+        finalists=3,
     ),
-    # the source system: its README, section 3, and the defaults of its notebook
+    # the source system: its README, section 3, and the defaults of its notebook; but selection is
+    # by a validation split, and what is hopeless is stopped, unless --parity is given
     "paper": RunSettings(
         search=GeneticConfig(population=50, generations=50, elites=3, tournament=4, max_terms=4),
         tasks=("fashion_mnist", "cifar10", "mnist"),
         seeds=(0, 1),
-        conditions=Conditions(steps=500, batch_size=128, train_samples=15_000),
+        conditions=Conditions(
+            steps=500,
+            batch_size=128,
+            train_samples=15_000,
+            validation_samples=5_000,
+            hurdle=True,
+        ),
         comparison_seeds=3,
         threads=1,
+        race=True,
+        finalists=3,
     ),
+}
+
+# the protocol of the source system, whatever the preset
+PARITY = {
+    "validation_samples": 0,
+    "hurdle": False,
+    "race": False,
+    "rotate_seeds": False,
+    "finalists": 1,
 }
 
 # option, type, whether it takes several values, meaning
@@ -51,11 +76,21 @@ SETTINGS = (
     ("tasks", str, True, "tasks that every genome is trained on"),
     ("seeds", int, True, "seeds of the training runs on each task"),
     ("steps", int, False, "training steps of each run"),
-    ("batch-size", int, False, "images in a batch"),
-    ("train-samples", int, False, "training images that are used"),
+    ("batch-size", int, False, "samples in a batch"),
+    ("train-samples", int, False, "training samples that are used"),
+    ("validation-samples", int, False, "further ones that select; 0: the test split does"),
     ("comparison-seeds", int, False, "number of fresh seeds of the comparison with Adam and AdamW"),
+    ("finalists", int, False, "genomes that further seeds choose the winner from"),
+    ("plateau", int, False, "end after so many generations without a better genome; 0: never"),
     ("threads", int, False, "torch threads of each training run; they decide its last bits"),
     ("device", str, False, "where training runs: cpu, cuda or cuda:N; decides its last bits too"),
+)
+
+# option, what it switches
+SWITCHES = (
+    ("hurdle", "end runs that are no better than guessing after 50 steps"),
+    ("race", "leave out further seeds of genomes that the first ones show to be hopeless"),
+    ("rotate-seeds", "draw the training seeds anew for every generation"),
 )
 
 
@@ -87,6 +122,33 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             metavar="N" if kind is int and not several else name.rstrip("s").upper(),
             help=f"{meaning} ({values})",
         )
+    for name, meaning in SWITCHES:
+        values = ", ".join(
+            f"{preset}: {'on' if settings[name.replace('-', '_')] else 'off'}"
+            for preset, settings in presets.items()
+        )
+        parser.add_argument(
+            f"--{name}", action=argparse.BooleanOptionalAction, help=f"{meaning} ({values})"
+        )
+    parser.add_argument(
+        "--parity",
+        action="store_true",
+        help="the protocol of the source system: the test split selects, and nothing is stopped "
+        "early; options given beside it still hold",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of the networks' arithmetic; auto: the faster one on this processor (auto)",
+    )
+    parser.add_argument(
+        "--audit",
+        type=int,
+        default=0,
+        metavar="N",
+        help="train N of the genomes that were stopped early to the end, after the search (0)",
+    )
     parser.add_argument(
         "--out", type=pathlib.Path, metavar="DIR", help="the run folder (runs/<preset>)"
     )
@@ -103,18 +165,32 @@ def shown(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+def chosen_settings(options: argparse.Namespace) -> RunSettings:
+    """The preset, then parity, then what is given."""
+    values = PRESETS[options.preset].to_dict()
+    if options.parity:
+        values.update(PARITY)
+    given = {name: getattr(options, name, None) for name in values}
+    given["precision"] = resolved_precision(options.precision)
+    values.update((name, value) for name, value in given.items() if value is not None)
+    return RunSettings.from_dict(values)
+
+
+def resolved_precision(name: str) -> str:
+    """ "float32" or "bfloat16" for what was asked for."""
+    return "float32" if name == "auto" else name
+
+
 def run(options: argparse.Namespace) -> None:
     """Run or resume, write the report, print the result."""
-    values = PRESETS[options.preset].to_dict()
-    given = {name: getattr(options, name, None) for name in values}
-    values.update((name, value) for name, value in given.items() if value is not None)
-    settings = RunSettings.from_dict(values)
+    settings = chosen_settings(options)
     with Bar() as bar:
         result = evolve(
             settings,
             options.out,
             data_dir=options.data_dir,
             workers=worker_count(options, settings.threads, settings.device),
+            audits=options.audit,
             on_progress=bar.show,
         )
     print(summary(settings, options.out, result))
@@ -123,20 +199,27 @@ def run(options: argparse.Namespace) -> None:
 def summary(settings: RunSettings, folder: pathlib.Path, result: RunResult) -> str:
     """The result in words, with the comparison and how to use it."""
     state = "is complete" if result.evaluations else "was complete already"
+    parity = ", with the protocol of the source system (parity)" if settings.parity else ""
+    best, winner = result.best, result.winner
     seeds = " ".join(map(str, settings.fresh_seeds))
-    best = result.best
+    split = settings.selection_split
+    files = [*report.FILES, *([report.AUDIT] if result.audit else [])]
     return f"""\
-The run in {folder} {state}. The best genome, of fitness {best.score.fitness:.4f} on the seeds
-that selected it:
+The run in {folder} {state}{parity}.
+{ledger_line(result.ledger)}
+{audit_line(result.audit) if result.audit else ""}
+The best genome, of fitness {best.score.fitness:.4f} on the seeds and the {split} split that
+selected it:
 
 {textwrap.indent(formula(best.genome), "    ")}
 
-Compared with as many steps ({settings.conditions.steps}) on seeds {seeds}, which the selection
-has not seen. Selection and comparison both use the test split, as in the source protocol.
+On seeds {seeds}, which the selection has not seen, its fitness on the same split is {winner.fresh}:
+selection has overestimated it by {winner.bias}. Compared on the test split, with as many
+steps ({settings.conditions.steps}) on these seeds:
 
 {result.comparison.tables()}
 
-{folder} has {", ".join(report.FILES)} and the journal. To train with the genome:
+{folder} has {", ".join(files)} and the journal. To train with the genome:
 
 {textwrap.indent(report.usage(folder, settings.conditions.steps), "    ")}"""
 

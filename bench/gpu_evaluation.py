@@ -16,7 +16,7 @@ from evokernels.evolution.devices import reproducible
 from evokernels.evolution.evaluator import evaluate
 from evokernels.evolution.fitness import DIVERGED_FITNESS, diverged, final_loss, run_fitness
 from evokernels.evolution.trial import Conditions, Trial
-from evokernels.tasks import ImageData, get_task, load_images, test_batches, training_batches
+from evokernels.tasks import Batches, TaskData, get_task, training_batches
 
 __all__ = ["PROTOCOL", "SHORT", "compare_evaluations"]
 
@@ -38,9 +38,9 @@ def compare_evaluations(
         task: one of `evokernels.tasks`.
         conditions: a data set with fewer training images gives all that it has.
     """
-    data = _images(task, conditions.train_samples, data_dir)
+    data = _data(task, conditions.train_samples, data_dir)
     trial = Trial(GENOME, task, SEED)
-    conditions = Conditions(conditions.steps, conditions.batch_size, len(data.y_train))
+    conditions = Conditions(conditions.steps, conditions.batch_size, len(data.samples("train")))
     ways = {"evaluate": _by_evaluator, "source, eager loop": _by_source}
     for way in ways.values():
         way(trial, Conditions(WARM_UP_STEPS, conditions.batch_size, None), data, device)
@@ -55,7 +55,7 @@ def compare_evaluations(
     return {
         "steps": conditions.steps,
         "batch size": conditions.batch_size,
-        "training images": len(data.y_train),
+        "training images": len(data.samples("train")),
         "fitness": fitness,
         "seconds": {name: statistics.median(times) for name, times in seconds.items()},
         "passes": seconds,
@@ -63,35 +63,33 @@ def compare_evaluations(
     }
 
 
-def _images(task: str, samples: int | None, data_dir: str | None) -> ImageData:
-    name = get_task(task).dataset
-    everything = load_images(name, data_dir)
-    if samples is None or len(everything.y_train) <= samples:
+def _data(task: str, samples: int | None, data_dir: str | None) -> TaskData:
+    load = get_task(task).load
+    everything = load(data_dir, None, 0)
+    if samples is None or len(everything.samples("train")) <= samples:
         return everything
-    return load_images(name, data_dir, samples)
+    return load(data_dir, samples, 0)
 
 
 def _by_evaluator(
-    trial: Trial, conditions: Conditions, data: ImageData, device: torch.device
+    trial: Trial, conditions: Conditions, data: TaskData, device: torch.device
 ) -> float:
     return evaluate(trial, conditions, data, str(device)).fitness
 
 
-def _by_source(
-    trial: Trial, conditions: Conditions, data: ImageData, device: torch.device
-) -> float:
+def _by_source(trial: Trial, conditions: Conditions, data: TaskData, device: torch.device) -> float:
     """The fitness, from the same weights and batches; every step waits for its loss."""
     genome, task = trial.optimizer, get_task(trial.task)
     with reproducible(device, trial.seed):
-        model = task.model().to(device)
+        model = task.model(data.classes).to(device)
         parameters = list(model.parameters())
         moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
         losses = []
-        batches = training_batches(
-            data, conditions.batch_size, conditions.steps, trial.seed, task.augment
-        )
+        batches = training_batches(data, conditions.batch_size, conditions.steps, trial.seed)
         for t, (x, y) in enumerate(batches, start=1):
-            loss = functional.cross_entropy(model(x.to(device)), y.to(device))
+            loss = functional.cross_entropy(
+                model(x.to(device)).flatten(0, -2), y.to(device).flatten()
+            )
             losses.append(loss.item())
             if diverged(losses[-1]):
                 return DIVERGED_FITNESS
@@ -105,10 +103,10 @@ def _by_source(
 
 
 @torch.inference_mode()
-def _accuracy(model: torch.nn.Module, data: ImageData, device: torch.device) -> float:
+def _accuracy(model: torch.nn.Module, data: TaskData, device: torch.device) -> float:
     model.eval()
-    correct = sum(
-        int((model(x.to(device)).argmax(dim=1) == y.to(device)).sum())
-        for x, y in test_batches(data, TEST_BATCH)
-    )
-    return correct / len(data.y_test)
+    right = total = 0
+    for x, y in Batches(data).split("test", TEST_BATCH):
+        right += int((model(x.to(device)).argmax(dim=-1) == y.to(device)).sum())
+        total += y.numel()
+    return right / total

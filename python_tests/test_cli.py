@@ -395,7 +395,7 @@ def test_compare_all_is_every_name_once(monkeypatch, tmp_path):
 )
 def test_auto_is_the_precision_of_the_processor(monkeypatch, given, amx, avx, device, expected):
     monkeypatch.syspath_prepend(ROOT / "bench")
-    precision = importlib.import_module("commandline").precision
+    resolved_precision = importlib.import_module("commandline").resolved_precision
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
-    assert precision(argparse.Namespace(precision=given, device=device)) == expected
+    assert resolved_precision(given, device) == expected

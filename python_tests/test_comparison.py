@@ -203,7 +203,7 @@ class FakeTraining:
 def training(monkeypatch):
     fake = FakeTraining()
     monkeypatch.setattr(pool, "evaluate", fake)
-    monkeypatch.setattr(pool, "_images", lambda *args: None)
+    monkeypatch.setattr(pool, "_data", lambda *args: None)
     # half a second each
     monkeypatch.setattr(report, "_plot_comparison", lambda *args: None)
     return fake
@@ -349,4 +349,4 @@ def test_a_journal_keeps_any_optimizer(tmp_path, optimizer):
     with open_journal(tmp_path, {}) as journal:
         journal.add(entry)
     with open_journal(tmp_path, {}) as journal:
-        assert journal.find(entry.key, MINI, 7) == entry
+        assert journal.find(entry.key, MINI, 7, Purpose.SEARCH) == entry

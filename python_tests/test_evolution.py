@@ -21,7 +21,8 @@ from evokernels.evolution.fitness import diverged, final_loss, genome_score, run
 from evokernels.evolution.journal import JOURNAL, Entry, open_journal
 from evokernels.evolution.pool import open_pool
 from evokernels.evolution.report import FILES, history_csv
-from evokernels.evolution.run import RunSettings, evolve
+from evokernels.evolution.run import evolve
+from evokernels.evolution.settings import RunSettings
 from evokernels.evolution.trial import Conditions, Outcome, Trial
 from evokernels.genome import Genome
 from evokernels.search.genetic import GeneticConfig
@@ -462,9 +463,10 @@ def test_an_entry_comes_back_as_it_was(tmp_path):
         assert len(journal) == 1
 
 
-def test_a_pool_of_one_leaves_the_number_of_threads():
+def test_a_pool_of_one_leaves_the_number_of_threads(training):
     before = torch.get_num_threads()
-    with open_pool(CONDITIONS, workers=1, threads=before + 1):
+    with open_pool(CONDITIONS, workers=1, threads=before + 1) as workers:
+        list(workers.run([Trial(zoo.adam, MINI, 0)]))
         assert torch.get_num_threads() == before + 1
     assert torch.get_num_threads() == before
 

@@ -14,7 +14,15 @@ import torch
 
 from evokernels import tasks
 from evokernels.errors import DatasetError
-from evokernels.tasks import TASKS, CifarCNN, ImageData, SmallCNN, get_task, load_images
+from evokernels.tasks import (
+    TASKS,
+    CharTransformer,
+    CifarCNN,
+    ImageData,
+    SmallCNN,
+    get_task,
+    load_images,
+)
 
 # (name, image shape in an archive, image shape in a tensor) of the data sets outside the package
 OUTSIDE = [
@@ -33,7 +41,7 @@ def random_arrays(image_shape, train=30, test=20):
     return arrays
 
 
-def image_data(train=30, test=20, shape=(3, 32, 32)):
+def image_data(train=30, test=20, shape=(3, 32, 32), augment=False):
     """Random images whose label is their place, so that a batch tells which images it has."""
     generator = torch.Generator().manual_seed(0)
     channels = shape[0]
@@ -45,7 +53,8 @@ def image_data(train=30, test=20, shape=(3, 32, 32)):
         y_test=torch.arange(test),
         mean=(0.4914, 0.4822, 0.4465)[:channels],
         std=(0.2470, 0.2435, 0.2616)[:channels],
-        num_classes=10,
+        classes=10,
+        augment=augment,
     )
 
 
@@ -94,13 +103,21 @@ def test_networks_have_the_layers_of_the_source_system():
 
 
 def test_registry_holds_the_tasks_of_the_source_system():
-    rows = {(t.name, t.dataset, t.model, t.augment) for t in TASKS.values()}
-    assert rows == {
-        ("mnist", "mnist", SmallCNN, False),
-        ("fashion_mnist", "fashion_mnist", SmallCNN, False),
-        ("fashion_mnist_mini", "fashion_mnist_mini", SmallCNN, False),
-        ("cifar10", "cifar10", CifarCNN, True),
+    assert {(task.name, task.model) for task in TASKS.values()} == {
+        ("mnist", SmallCNN),
+        ("fashion_mnist", SmallCNN),
+        ("fashion_mnist_mini", SmallCNN),
+        ("cifar10", CifarCNN),
+        ("text", CharTransformer),
     }
+
+
+@pytest.mark.parametrize(("name", "stored", "_"), OUTSIDE)
+def test_only_colour_images_are_augmented(name, stored, _, tmp_path):
+    np.savez(tmp_path / f"{name}.npz", **random_arrays(stored))
+    data = get_task(name).load(tmp_path, 20, 10)
+    assert (data.name, len(data.y_train), len(data.y_validation)) == (name, 20, 10)
+    assert data.augment is (name == "cifar10")
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -146,12 +163,12 @@ def test_small_network_learns_the_embedded_data_set():
     data = load_images("fashion_mnist_mini")
     network = SmallCNN()
     optimizer = torch.optim.Adam(network.parameters())
-    for x, y in tasks.training_batches(data, 32, steps=20, seed=0, augment=False):
+    for x, y in tasks.training_batches(data, 32, steps=20, seed=0):
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(network(x), y).backward()
         optimizer.step()
     network.eval()
-    x, y = next(iter(tasks.test_batches(data, 300)))
+    x, y = next(iter(tasks.Batches(data).split("test", 300)))
     with torch.no_grad():
         accuracy = (network(x).argmax(1) == y).float().mean().item()
     assert accuracy > 0.4  # guessing is right in one of ten
@@ -229,6 +246,50 @@ def test_impossible_train_samples_are_answered_with_the_number_there_is(wanted):
     message = f"train_samples is {wanted!r}, but 'fashion_mnist_mini' has 5000 training images"
     with pytest.raises(DatasetError, match=re.escape(message)):
         load_images("fashion_mnist_mini", train_samples=wanted)
+
+
+@pytest.mark.parametrize(
+    ("train_samples", "validation_samples", "trained"), [(100, 50, 100), (None, 50, 4950)]
+)
+def test_validation_images_are_the_next_ones_of_the_shuffle(
+    train_samples, validation_samples, trained
+):
+    split = load_images("fashion_mnist_mini", None, train_samples, validation_samples)
+    shuffled = load_images("fashion_mnist_mini", train_samples=5000)
+    for images, start, stop in (
+        ((split.x_train, split.y_train), 0, trained),
+        ((split.x_validation, split.y_validation), trained, trained + 50),
+    ):
+        assert torch.equal(images[0], shuffled.x_train[start:stop])
+        assert torch.equal(images[1], shuffled.y_train[start:stop])
+    assert torch.equal(split.x_test, shuffled.x_test)
+
+
+@pytest.mark.parametrize(
+    ("train_samples", "validation_samples", "message"),
+    [
+        (4000, 1001, "train_samples is 4000, but .* 5000 training images here, 1001 of them for"),
+        (4000, 1001, r"a whole number from 1 to 3999, or None for all$"),
+        (None, 5000, r"validation_samples is 5000, but .* a whole number from 0 to 4999$"),
+        (10, -1, "validation_samples is -1, but 'fashion_mnist_mini' has 5000 training images"),
+        (10, 2.0, "validation_samples is 2.0, but 'fashion_mnist_mini' has 5000 training images"),
+        (10, None, "validation_samples is None, but 'fashion_mnist_mini' has 5000 training"),
+    ],
+)
+def test_more_images_than_there_are_cannot_be_held_back(train_samples, validation_samples, message):
+    with pytest.raises(DatasetError, match=message):
+        load_images("fashion_mnist_mini", None, train_samples, validation_samples)
+
+
+def test_digests_of_the_embedded_data_set_are_for_good():
+    # journals hold them, and a run goes on only with the data that it began with
+    digests = {
+        samples: load_images("fashion_mnist_mini", None, *samples).digest()
+        for samples in ((None, 0), (128, 0), (128, 32), (128, 33))
+    }
+    assert digests[None, 0] == "5f709a668b4e97de"
+    assert digests[128, 0] == "57429e27bfffb365"
+    assert len(set(digests.values())) == 4
 
 
 def test_all_train_samples_are_the_whole_split():
@@ -450,10 +511,10 @@ def test_damaged_torchvision_copy_is_named_and_kept(tmp_path):
 
 @pytest.mark.parametrize("augment", [False, True])
 def test_batches_depend_on_the_seed_and_on_nothing_else(augment):
-    data = image_data(train=100)
+    data = image_data(train=100, augment=augment)
 
     def batches(seed):
-        return list(tasks.training_batches(data, 32, steps=7, seed=seed, augment=augment))
+        return list(tasks.training_batches(data, 32, steps=7, seed=seed))
 
     torch.manual_seed(1)
     first = batches(seed=5)
@@ -472,16 +533,16 @@ def test_batches_depend_on_the_seed_and_on_nothing_else(augment):
 
 
 def test_batches_have_the_documented_shapes_and_types():
-    data = image_data(train=100)
-    before = data.x_train.clone()
     for augment in (False, True):
-        for x, y in tasks.training_batches(data, 32, steps=4, seed=0, augment=augment):
+        data = image_data(train=100, augment=augment)
+        before = data.x_train.clone()
+        for x, y in tasks.training_batches(data, 32, steps=4, seed=0):
             assert x.shape == (32, 3, 32, 32)
             assert x.dtype == torch.float32
             assert x.is_contiguous()
             assert y.shape == (32,)
             assert y.dtype == torch.int64
-    assert torch.equal(data.x_train, before)
+        assert torch.equal(data.x_train, before)
 
 
 @pytest.mark.parametrize(
@@ -490,7 +551,7 @@ def test_batches_have_the_documented_shapes_and_types():
 )
 def test_every_image_comes_once_an_epoch(batch_size, steps, batches_in_an_epoch):
     data = image_data(train=30)
-    batches = list(tasks.training_batches(data, batch_size, steps, seed=0, augment=False))
+    batches = list(tasks.training_batches(data, batch_size, steps, seed=0))
     assert len(batches) == steps
     epochs = []
     for start in range(0, steps, batches_in_an_epoch):
@@ -503,8 +564,8 @@ def test_every_image_comes_once_an_epoch(batch_size, steps, batches_in_an_epoch)
 
 def test_images_keep_their_labels_and_the_order_does_not_depend_on_augmentation():
     data = image_data(train=40)
-    plain = list(tasks.training_batches(data, 16, steps=6, seed=3, augment=False))
-    augmented = list(tasks.training_batches(data, 16, steps=6, seed=3, augment=True))
+    plain = list(tasks.training_batches(data, 16, steps=6, seed=3))
+    augmented = list(tasks.training_batches(image_data(train=40, augment=True), 16, 6, 3))
     for (x, y), (_, augmented_y) in zip(plain, augmented, strict=True):
         assert torch.equal(pixels(x, data), data.x_train[y])
         assert torch.equal(y, augmented_y)
@@ -519,16 +580,16 @@ def test_normalisation_is_that_of_torchvision(name):
     transform = v2.Compose(
         [v2.ToDtype(torch.float32, scale=True), v2.Normalize(data.mean, data.std)]
     )
-    x, _ = next(iter(tasks.test_batches(data, 5)))
+    x, _ = next(iter(tasks.Batches(data).split("test", 5)))
     torch.testing.assert_close(x, transform(data.x_test[:5]), rtol=1e-6, atol=1e-6)
     by_hand = (data.x_test[4, -1, 9, 9].item() / 255 - data.mean[-1]) / data.std[-1]
     assert x[4, -1, 9, 9].item() == pytest.approx(by_hand, rel=1e-5, abs=1e-6)
 
 
 def test_augmented_images_are_crops_of_the_padded_original_in_every_way():
-    data = image_data(train=50)
+    data = image_data(train=50, augment=True)
     seen = {}
-    for x, y in tasks.training_batches(data, 50, steps=40, seed=0, augment=True):
+    for x, y in tasks.training_batches(data, 50, steps=40, seed=0):
         for image, place in zip(pixels(x, data).numpy(), y.tolist(), strict=True):
             original = data.x_train[place].numpy()
             ways = []
@@ -557,11 +618,19 @@ def test_augmented_images_are_crops_of_the_padded_original_in_every_way():
 
 def test_test_batches_are_the_whole_split_in_order():
     data = image_data(test=20)
-    batches = list(tasks.test_batches(data, 8))
+    batches = list(tasks.Batches(data).split("test", 8))
     assert [len(y) for _, y in batches] == [8, 8, 4]
     assert torch.equal(torch.cat([y for _, y in batches]), data.y_test)
     assert torch.equal(pixels(torch.cat([x for x, _ in batches]), data), data.x_test)
-    assert [len(y) for _, y in tasks.test_batches(data, 100)] == [20]
+    assert [len(y) for _, y in tasks.Batches(data).split("test", 100)] == [20]
+
+
+def test_validation_batches_are_the_held_back_images_in_order():
+    data = load_images("fashion_mnist_mini", None, 10, 20)
+    batches = list(tasks.Batches(data).split("validation", 8))
+    assert [len(y) for _, y in batches] == [8, 8, 4]
+    assert torch.equal(torch.cat([y for _, y in batches]), data.y_validation)
+    assert torch.equal(pixels(torch.cat([x for x, _ in batches]), data), data.x_validation)
 
 
 @pytest.mark.parametrize(
@@ -578,14 +647,14 @@ def test_test_batches_are_the_whole_split_in_order():
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_impossible_batches_are_refused_at_the_call(arguments, message):
-    usual = {"batch_size": 8, "steps": 1, "seed": 0, "augment": False}
+    usual = {"batch_size": 8, "steps": 1, "seed": 0}
     with pytest.raises(DatasetError, match=re.escape(message)):
         tasks.training_batches(image_data(), **{**usual, **arguments})
 
 
 def test_impossible_test_batches_are_refused_at_the_call():
     with pytest.raises(DatasetError, match="batch_size must be a whole number of at least 1"):
-        tasks.test_batches(image_data(), 0)
+        tasks.Batches(image_data()).split("test", 0)
 
 
 def test_image_data_is_frozen_and_prints_short():
@@ -606,13 +675,13 @@ def test_real_data(name):
     archive = os.path.join(os.environ["EVOKERNELS_DATA"], f"{name}.npz")
     if not os.path.exists(archive):
         pytest.skip(f"no {archive}")
-    data = load_images(name, train_samples=15_000)
+    task = get_task(name)
+    data = task.load(None, 15_000, 0)
     assert len(data.y_train) == 15_000
     assert len(data.y_test) == 10_000
     assert torch.bincount(data.y_train, minlength=10).min() > 1_300
     unit = data.x_train.float() / 255
     assert unit.mean(dim=(0, 2, 3)).tolist() == pytest.approx(data.mean, abs=0.01)
     assert unit.std(dim=(0, 2, 3)).tolist() == pytest.approx(data.std, abs=0.01)
-    task = get_task(name)
-    x, y = next(tasks.training_batches(data, 32, steps=1, seed=0, augment=task.augment))
+    x, y = next(tasks.training_batches(data, 32, steps=1, seed=0))
     assert torch.isfinite(torch.nn.functional.cross_entropy(task.model()(x), y))

@@ -5,8 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from as_on_device import OnDeviceOnly, Repeated
 
 from evokernels import zoo
 from evokernels.errors import SettingsError
@@ -19,7 +18,7 @@ from evokernels.evolution.trial import Conditions, Trial
 from evokernels.genome import Genome
 from evokernels.optim import FusedEvolvedOptimizer
 from evokernels.search.score import Status
-from evokernels.tasks import Batches, ImageData, draw_batches, get_task, stack_draws
+from evokernels.tasks import Batches, ImageData, get_task, stack_draws
 
 MINI = "fashion_mnist_mini"
 CPU = torch.device("cpu")
@@ -52,22 +51,9 @@ def random_images(task):
         return images, torch.randint(10, (count,), generator=generator)
 
     constants = (0.5,) * shape[0], (0.25,) * shape[0]
-    return ImageData("random", *split(70), *split(130), *constants, num_classes=10)
-
-
-class Repeated:
-    """Stands for a CUDA graph: what is recorded is kept, and called."""
-
-    def __init__(self):
-        self.replays = 0
-
-    def capture(self, prepare, work):
-        prepare()
-        self._work = work
-
-    def replay(self):
-        self._work()
-        self.replays += 1
+    return ImageData(
+        "random", *split(70), *split(130), *constants, classes=10, augment=task == "cifar10"
+    )
 
 
 class Run:
@@ -80,7 +66,7 @@ class Run:
             self.optimizer = FusedEvolvedOptimizer(
                 self.model.parameters(), genome, total_steps=steps
             )
-            draws = list(draw_batches(data, BATCH, steps, 3, get_task(task).augment))
+            draws = list(data.draw_batches(BATCH, steps, 3))
             batches = Batches(data)
             if graph is None:
                 placed = (draw.map(lambda drawn: drawn.to(device)) for draw in draws)
@@ -95,7 +81,7 @@ class Run:
             for state in self.optimizer.state.values()
         ]
         self.statistics = {name: tensor.clone() for name, tensor in self.model.named_buffers()}
-        self.accuracy = evaluator._accuracy(self.model, data)
+        self.accuracy = evaluator._accuracy(self.model, data, "test")
 
 
 def assert_same(left, right):
@@ -160,7 +146,7 @@ def test_a_loss_that_recovers_stays_diverged(monkeypatch):
     model = torch.nn.Linear(1, 1, bias=False)
     optimizer = FusedEvolvedOptimizer(model.parameters(), zoo.adamw)
     data = random_images(MINI)
-    draws = stack_draws(draw_batches(data, BATCH, 4, 0, False))
+    draws = stack_draws(data.draw_batches(BATCH, 4, 0))
     assert train_on_device(model, optimizer, Batches(data), draws, Repeated()) == [2.0, 60.0]
     (state,) = optimizer.state.values()
     assert state["step"].item() == 1
@@ -176,7 +162,7 @@ def first_step():
     torch.manual_seed(0)
     model = get_task("cifar10").model().to(memory_format=LAYOUT)
     optimizer = FusedEvolvedOptimizer(model.parameters(), zoo.adam)
-    draws = stack_draws(draw_batches(data, BATCH, 2, 0, augment=True))
+    draws = stack_draws(data.draw_batches(BATCH, 2, 0))
     return TrainingStep(model, optimizer, Batches(data), draws)
 
 
@@ -221,24 +207,11 @@ def test_a_step_works_on_memory_that_stays_where_it_is(first_step):
     assert first_step._optimizer.found_inf is first_step.diverged
 
 
-class OnDeviceOnly(TorchDispatchMode):
-    """Fails where a tensor of the CPU takes part: it would be copied, which a graph cannot hold.
-
-    On meta tensors everything that asks for a value fails as well: they have none.
-    """
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves((args, kwargs, result)):
-            assert not isinstance(leaf, torch.Tensor) or leaf.is_meta, f"{function} on the CPU"
-        return result
-
-
 @pytest.mark.parametrize("task", [MINI, "cifar10"])
 def test_a_step_never_asks_for_a_value(task):
     meta = torch.device("meta")
     data = random_images(task)
-    draws = stack_draws(draw_batches(data, BATCH, 2, 0, get_task(task).augment))
+    draws = stack_draws(data.draw_batches(BATCH, 2, 0))
     model = get_task(task).model().to(device=meta, memory_format=LAYOUT)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer.step = lambda: None  # updates depend on the backend: the tests of each look at that
@@ -273,8 +246,8 @@ def test_beyond_the_cpu_evaluations_train_on_the_device(monkeypatch):
     model = get_task("cifar10").model()
     data = random_images("cifar10").to(torch.device("meta"))
     trial, conditions = Trial(zoo.adam, "cifar10", 0), Conditions(5, BATCH, None)
-    evaluator._train(model, trial, conditions, data)
-    ((trained, _, _, draws, graph),) = called
+    evaluator._train(model, trial, conditions, data, None)
+    ((trained, _, _, draws, graph, _),) = called
     assert trained is model
     assert graph == "graph on meta"
     assert all(drawn.is_meta and drawn.shape == (5, BATCH) for drawn in draws)

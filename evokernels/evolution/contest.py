@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evokernels.errors import SettingsError
@@ -13,16 +13,15 @@ from evokernels.evolution import report, tuning
 from evokernels.evolution.baselines import Baseline
 from evokernels.evolution.comparison import Comparison, table
 from evokernels.evolution.devices import find_device
-from evokernels.evolution.journal import Journal, open_journal
-from evokernels.evolution.journaled import recorded, train_missing
-from evokernels.evolution.pool import Pool, open_pool
-from evokernels.evolution.trial import Conditions, Outcome, Trial
+from evokernels.evolution.evaluations import Evaluations, OnProgress, Request
+from evokernels.evolution.evaluator import EVALUATION_VERSION
+from evokernels.evolution.journal import open_journal
+from evokernels.evolution.pool import open_pool
+from evokernels.evolution.trial import Conditions
 from evokernels.genome import Genome
 from evokernels.tasks import get_task
 
 __all__ = ["Contest", "ContestResult", "compare"]
-
-OnProgress = Callable[[int, int, str], object]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +84,7 @@ class Contest:
             **dataclasses.asdict(self.conditions),
             "threads": self.threads,
             "device": self.device,
+            "evaluation_version": EVALUATION_VERSION,
         }
 
 
@@ -160,50 +160,34 @@ def compare(
             data_dir=data_dir,
         ) as pool,
     ):
-        result = _complete(contest, journal, pool, on_progress)
-    report.write_comparison(pathlib.Path(folder), result.untuned, result.tuned)
-    return result
+        before = len(journal)
+        result = _complete(contest, Evaluations(journal, pool, on_progress))
+        evaluations = len(journal) - before
+    untuned, tuned, choices = result
+    report.write_comparison(pathlib.Path(folder), untuned, tuned)
+    return ContestResult(untuned, tuned, choices, evaluations)
 
 
 def _complete(
-    contest: Contest, journal: Journal, pool: Pool, on_progress: OnProgress
-) -> ContestResult:
-    """Both phases, whatever the journal already has."""
-    before = len(journal)
-
-    def outcome(trial: Trial) -> Outcome:
-        found = recorded(journal, trial)
-        assert found is not None, "only asked for what was trained above"
-        return found
-
+    contest: Contest, evaluations: Evaluations
+) -> tuple[Comparison, Comparison | None, dict[str, tuning.Choice]]:
+    """Both phases, whatever the journal already has: the untuned, the tuned, what was chosen."""
+    given, tasks, seeds = contest.optimizers, contest.tasks, contest.seeds
     tried = {
         name: tuning.candidates(optimizer, contest.trials, contest.conditions.steps)
-        for name, optimizer in contest.optimizers.items()
+        for name, optimizer in given.items()
         if contest.trials
     }
-    tuning_trials = [
-        trial for several in tried.values() for trial in tuning.trials(several, contest.tasks)
-    ]
-    to_come = (1 + bool(tried)) * len(contest.optimizers) * len(contest.tasks) * len(contest.seeds)
-    train_missing(
-        *(journal, pool, tuning_trials),
-        lambda done, expected: on_progress(done, expected + to_come, "tuning"),
-    )
+    selection = (trial for several in tried.values() for trial in tuning.trials(several, tasks))
+    compared = (1 + bool(tried)) * len(given) * len(tasks) * len(seeds)
+    evaluations.make(map(Request.after_search, selection), compared, "tuning")
     choices = {
-        name: tuning.choose(several, contest.tasks, outcome) for name, several in tried.items()
+        name: tuning.choose(several, tasks, evaluations.outcome) for name, several in tried.items()
     }
 
     chosen = {name: choice.optimizer for name, choice in choices.items()}
-    compared = (*contest.optimizers.values(), *chosen.values())
-    tuned_runs = len(set(tuning_trials))
-    train_missing(
-        *(journal, pool, Comparison.trials(compared, contest.tasks, contest.seeds)),
-        lambda done, expected: on_progress(tuned_runs + done, tuned_runs + expected, "comparison"),
-    )
-    where = contest.tasks, contest.seeds, outcome
-    return ContestResult(
-        untuned=Comparison.of(contest.optimizers, *where),
-        tuned=Comparison.of(chosen, *where) if chosen else None,
-        choices=choices,
-        evaluations=len(journal) - before,
-    )
+    reports = Comparison.trials((*given.values(), *chosen.values()), tasks, seeds)
+    evaluations.make(map(Request.after_search, reports), 0, "comparison")
+    untuned = Comparison.of(given, tasks, seeds, evaluations.outcome)
+    tuned = Comparison.of(chosen, tasks, seeds, evaluations.outcome) if chosen else None
+    return untuned, tuned, choices

@@ -2,48 +2,49 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import functools
 import statistics
 from collections.abc import Mapping, Sequence
 
-from evokernels.evolution.fitness import genome_score
-from evokernels.evolution.journal import Entry
+from evokernels.evolution.journal import Entry, Saving
 from evokernels.search.score import Score, Status
 
-__all__ = ["Generation", "Result", "summarise"]
+__all__ = ["Generation", "Result", "plateaued", "summarise"]
+
+LOST = (Status.CRASHED, Status.TIMED_OUT, Status.OUT_OF_MEMORY)
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A genome's evaluations: for each task, one journal entry for each seed."""
+    """What came of a genome.
+
+    Attributes:
+        by_task: for each task, one journal entry for each seed it was trained with.
+        score: what the search is told.
+        trained: the seeds that it was trained with in this generation, on all tasks.
+        savings: the evaluations that it did without.
+    """
 
     by_task: Mapping[str, Sequence[Entry]]
-
-    @functools.cached_property
-    def score(self) -> Score:
-        """What the search is told."""
-        return genome_score(
-            {
-                task: [(entry.outcome.fitness, entry.outcome.status) for entry in entries]
-                for task, entries in self.by_task.items()
-            }
-        )
-
-    @property
-    def entries(self) -> list[Entry]:
-        """All of them, task after task."""
-        return [entry for entries in self.by_task.values() for entry in entries]
+    score: Score
+    trained: Sequence[int]
+    savings: Sequence[Saving]
 
     @property
     def accuracy(self) -> float | None:
-        """Mean test accuracy; None if it diverged in any run."""
-        accuracies = [entry.outcome.accuracy for entry in self.entries]
+        """Mean accuracy on the split that selects; None if a run was not measured."""
+        entries = [entry for entries in self.by_task.values() for entry in entries]
+        accuracies = [entry.outcome.accuracy for entry in entries]
         return None if None in accuracies else statistics.fmean(accuracies)
 
     def task_fitness(self, task: str) -> float:
         """Mean fitness over the seeds of one task."""
         return statistics.fmean(entry.outcome.fitness for entry in self.by_task[task])
+
+    def saved(self, rule: str) -> int:
+        """Training runs that a rule left out."""
+        return sum(saving.rule == rule for saving in self.savings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +53,19 @@ class Generation:
 
     Attributes:
         number: counted from 0.
-        best: the highest fitness; a genome that diverged in any run comes after all others.
-        mean: of the fitness of all genomes, diverged runs counted at -1.
-        best_so_far: the highest fitness of this and all earlier generations.
-        best_accuracy: of the best genome, mean over its runs; None if it diverged in any.
+        best: the highest fitness; a genome that failed in any run comes after all others.
+        mean: of the fitness of all genomes, failed runs counted at -1.
+        best_so_far: the fitness of the best genome of this and all earlier generations; it falls
+            only where seeds rotate and that genome is told a lower one.
+        best_accuracy: of the best genome, mean over its runs; None if it failed in any.
         task_best: the highest fitness on each task, reached by any genome.
         task_mean: the mean fitness of all genomes on each task.
         evaluations: training runs that this generation needed.
         reused: training runs that it shares with genomes before.
-        diverged: genomes that diverged in at least one run.
+        raced: training runs that the seed race left out.
+        stopped: genomes that the hurdle stopped in their worst run.
+        diverged: genomes that diverged in their worst run.
+        failed: genomes whose worst run was lost: it crashed, hung or ran out of memory.
     """
 
     number: int
@@ -72,15 +77,17 @@ class Generation:
     task_mean: Mapping[str, float]
     evaluations: int
     reused: int
+    raced: int
+    stopped: int
     diverged: int
+    failed: int
 
 
 def summarise(number: int, results: Sequence[Result], best_so_far: Score) -> Generation:
     """What generation ``number`` came to, given the results of its genomes in their order."""
     champion = max(results, key=lambda result: result.score.rank)
     by_task = {task: [result.task_fitness(task) for result in results] for task in champion.by_task}
-    entries = [entry for result in results for entry in result.entries]
-    trained = {entry for entry in entries if entry.generation == number}
+    statuses = collections.Counter(result.score.status for result in results)
     return Generation(
         number=number,
         best=champion.score.fitness,
@@ -89,7 +96,22 @@ def summarise(number: int, results: Sequence[Result], best_so_far: Score) -> Gen
         best_accuracy=champion.accuracy,
         task_best={task: max(values) for task, values in by_task.items()},
         task_mean={task: statistics.fmean(values) for task, values in by_task.items()},
-        evaluations=len(trained),
-        reused=len(entries) - len(trained),
-        diverged=sum(result.score.status is Status.DIVERGED for result in results),
+        evaluations=sum(len(result.trained) * len(result.by_task) for result in results),
+        reused=sum(result.saved("cache") for result in results),
+        raced=sum(result.saved("race") for result in results),
+        stopped=statuses[Status.STOPPED],
+        diverged=statuses[Status.DIVERGED],
+        failed=sum(statuses[lost] for lost in LOST),
     )
+
+
+def plateaued(history: Sequence[Generation], length: int) -> bool:
+    """Whether the last ``length`` generations brought nothing better than all before them.
+
+    However little better counts: with the same seeds for all, a better score is one on the very
+    same trials. 0: never.
+    """
+    if not length or len(history) <= length:
+        return False
+    best = [entry.best_so_far for entry in history]
+    return max(best[-length:]) <= max(best[:-length])

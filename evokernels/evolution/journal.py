@@ -1,4 +1,4 @@
-"""The journal of a run: an SQLite file with one row for every evaluation.
+"""The journal of a run: an SQLite file with a row for every evaluation and every genome.
 
 The search is deterministic given its seed and its scores, so the journal is all there is to save:
 a run resumes by replaying it. Every row is committed as soon as its evaluation ends, so a run
@@ -14,51 +14,27 @@ import json
 import os
 import pathlib
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from evokernels.errors import JournalError
-from evokernels.evolution.baselines import optimizer_from_json
-from evokernels.evolution.trial import Outcome, Trial
+from evokernels.evolution.baselines import Baseline, optimizer_from_json
+from evokernels.evolution.schema import SCHEMA, SCHEMA_VERSION
+from evokernels.evolution.trial import Outcome, Purpose, Trial
 from evokernels.genome import Genome
-from evokernels.search.score import Status
+from evokernels.search.score import Score, Status
 
-__all__ = ["Entry", "Journal", "open_journal"]
+__all__ = ["Entry", "Journal", "Saving", "open_journal"]
 
 JOURNAL = "journal.sqlite"
 LOCK = "lock"
 UNFINISHED = "journal.sqlite.new"
 
 APPLICATION_ID = int.from_bytes(b"EVOK", "big")
-SCHEMA_VERSION = 1
-SCHEMA = """
-CREATE TABLE run (
-    settings TEXT NOT NULL            -- JSON: all that the history of the run depends on
-);
-CREATE TABLE evaluation (
-    generation INTEGER,               -- NULL: the final comparison
-    place INTEGER,                    -- in the generation; NULL: the final comparison
-    genome TEXT NOT NULL,             -- JSON
-    key TEXT NOT NULL,                -- equal for genomes that are one optimizer
-    task TEXT NOT NULL,
-    seed INTEGER NOT NULL,
-    status TEXT NOT NULL,
-    fitness REAL NOT NULL,
-    accuracy REAL,                    -- NULL: diverged
-    final_loss REAL,                  -- NULL: diverged
-    steps INTEGER NOT NULL,
-    seconds REAL NOT NULL,
-    images TEXT NOT NULL,             -- digest of the data set
-    UNIQUE (key, task, seed)
-);
-"""
 COLUMNS = (
-    "generation, place, genome, key, task, seed, "
-    "status, fitness, accuracy, final_loss, steps, seconds, images"
+    "generation, place, genome, key, task, seed, purpose, "
+    "status, fitness, accuracy, final_loss, steps, seconds, data, test_accuracy"
 )
-
-# settings that journals of earlier releases do not name, and what they were then
-EARLIER = {"device": "cpu"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +42,8 @@ class Entry:
     """One evaluation and where in the run it was first needed.
 
     Attributes:
-        generation: of the search; None in the final comparison.
-        place: in that generation; None in the final comparison.
+        generation: of the search; None after it.
+        place: in that generation; None after the search.
         key: `evokernels.evolution.baselines.optimizer_key` of the optimizer.
     """
 
@@ -78,68 +54,162 @@ class Entry:
     outcome: Outcome
 
 
+@dataclasses.dataclass(frozen=True)
+class Saving:
+    """One evaluation that was not made.
+
+    Attributes:
+        place: in the generation, of the genome that did without it.
+        key: of that genome.
+        rule: "cache" (one optimizer is trained once) or "race" (`evokernels.search.racing`).
+        steps: that it would have taken; see `evokernels.evolution.schema`.
+    """
+
+    place: int
+    key: str
+    task: str
+    seed: int
+    rule: str
+    steps: int
+
+
 class Journal:
-    """The evaluations of a run, in memory and on disk; made by `open_journal`."""
+    """The record of a run; made by `open_journal`. Looks up what it is asked for on disk."""
 
     def __init__(self, path: pathlib.Path, connection: sqlite3.Connection) -> None:
         self.path = path
         self._connection = connection
-        self._entries = {
-            (entry.key, entry.trial.task, entry.trial.seed): entry
-            for entry in map(
-                _entry, connection.execute(f"SELECT {COLUMNS} FROM evaluation ORDER BY rowid")
-            )
-        }
-        self._genomes = {
-            (entry.generation, entry.place): entry.trial.optimizer
-            for entry in self._entries.values()
-            if entry.generation is not None
-        }
-        self._images = {entry.trial.task: entry.outcome.data for entry in self._entries.values()}
+        (self._count,) = connection.execute("SELECT count(*) FROM evaluation").fetchone()
+        self._data = dict(
+            connection.execute("SELECT DISTINCT task, data FROM evaluation WHERE data <> ''")
+        )
 
     def __len__(self) -> int:
-        return len(self._entries)
+        """Evaluations recorded."""
+        return self._count
 
-    def find(self, key: str, task: str, seed: int) -> Entry | None:
+    def find(self, key: str, task: str, seed: int, purpose: Purpose) -> Entry | None:
         """The evaluation of this optimizer on this task with this seed, if there is one."""
-        return self._entries.get((key, task, seed))
+        with _clear_errors(self.path):
+            row = self._connection.execute(
+                f"SELECT {COLUMNS} FROM evaluation "
+                "WHERE key = ? AND task = ? AND seed = ? AND purpose = ?",
+                (key, task, seed, purpose.value),
+            ).fetchone()
+            return None if row is None else _entry(row)
 
-    def check_replay(self, generation: int, genomes: tuple[Genome, ...]) -> None:
-        """Raises JournalError if ``genomes`` are not those that the journal has recorded."""
-        for place, genome in enumerate(genomes):
-            if self._genomes.get((generation, place), genome) != genome:
+    def begin_generation(self, generation: int, genomes: Sequence[tuple[str, Genome]]) -> None:
+        """Record the genomes of a generation, or see that they are those that were recorded.
+
+        Args:
+            genomes: each with its key.
+
+        Raises:
+            JournalError: it has recorded others.
+        """
+        rows = {place: (_json(genome), key) for place, (key, genome) in enumerate(genomes)}
+        with _clear_errors(self.path):
+            recorded = {
+                place: (genome, key)
+                for place, genome, key in self._connection.execute(
+                    "SELECT place, genome, key FROM candidate WHERE generation = ?", [generation]
+                )
+            }
+            if not recorded:
+                with self._transaction():
+                    self._connection.executemany(
+                        "INSERT INTO candidate VALUES (?, ?, ?, ?, NULL, NULL)",
+                        [(generation, place, *row) for place, row in rows.items()],
+                    )
+        if recorded:
+            self._check_replay(generation, recorded, rows)
+
+    def end_generation(
+        self, generation: int, scores: Sequence[Score], savings: Iterable[Saving]
+    ) -> None:
+        """Record what a generation came to, or see that it is what was recorded.
+
+        Args:
+            scores: of its genomes, in order.
+            savings: the evaluations that it did without.
+
+        Raises:
+            JournalError: it has recorded others.
+        """
+        rows = {place: (score.fitness, score.status.value) for place, score in enumerate(scores)}
+        with _clear_errors(self.path):
+            recorded = {
+                place: (score, status)
+                for place, score, status in self._connection.execute(
+                    "SELECT place, score, status FROM candidate "
+                    "WHERE generation = ? AND score IS NOT NULL",
+                    [generation],
+                )
+            }
+            if not recorded:
+                with self._transaction():
+                    self._connection.executemany(
+                        "UPDATE candidate SET score = ?, status = ? "
+                        "WHERE generation = ? AND place = ?",
+                        [(*row, generation, place) for place, row in rows.items()],
+                    )
+                    self._connection.executemany(
+                        "INSERT INTO saving VALUES (?, ?, ?, ?, ?, ?, ?)",
+                        [(generation, *dataclasses.astuple(saving)) for saving in savings],
+                    )
+        if recorded:
+            self._check_replay(generation, recorded, rows)
+
+    def add(self, entry: Entry) -> None:
+        """Commit one evaluation to disk.
+
+        Raises:
+            JournalError: it cannot be written, or was not made with the data of the run.
+        """
+        trial, outcome = entry.trial, entry.outcome
+        # a worker that is gone has not said which data it had
+        if outcome.data and self._data.setdefault(trial.task, outcome.data) != outcome.data:
+            raise JournalError(
+                f"the data of {trial.task} are not those that the run in {self.path.parent} "
+                "began with; point the data folder back at those, or use another run folder"
+            )
+        row = (
+            *(entry.generation, entry.place, _json(trial.optimizer)),
+            *(entry.key, trial.task, trial.seed, trial.purpose.value),
+            *(outcome.status.value, outcome.fitness, outcome.accuracy, outcome.final_loss),
+            *(outcome.steps, outcome.seconds, outcome.data, outcome.test_accuracy),
+        )
+        with _clear_errors(self.path):
+            marks = ", ".join("?" * len(row))
+            self._connection.execute(f"INSERT INTO evaluation ({COLUMNS}) VALUES ({marks})", row)
+        self._count += 1
+
+    def query(self, sql: str, *values: int | str) -> list[tuple]:
+        """The rows that a statement selects; `evokernels.evolution.schema` has what there is."""
+        with _clear_errors(self.path):
+            return self._connection.execute(sql, values).fetchall()
+
+    def _check_replay(
+        self, generation: int, recorded: Mapping[int, tuple], rows: Mapping[int, tuple]
+    ) -> None:
+        for place in sorted({*recorded, *rows}):
+            if recorded.get(place) != rows.get(place):
                 raise JournalError(
                     f"{self.path} was written by another version of the search: genome {place} of "
                     f"generation {generation} differs; resume with the version that began the "
                     "run, or use another run folder"
                 )
 
-    def add(self, entry: Entry) -> None:
-        """Commit one evaluation to disk.
-
-        Raises:
-            JournalError: it cannot be written, or was not made with the images of the run.
-        """
-        trial, outcome = entry.trial, entry.outcome
-        if self._images.setdefault(trial.task, outcome.data) != outcome.data:
-            raise JournalError(
-                f"the images of {trial.task} are not those that the run in {self.path.parent} "
-                "began with; point the data folder back at those, or use another run folder"
-            )
-        row = (
-            *(
-                entry.generation,
-                entry.place,
-                json.dumps(trial.optimizer.to_dict(), allow_nan=False),
-            ),
-            *(entry.key, trial.task, trial.seed, outcome.status.value, outcome.fitness),
-            *(outcome.accuracy, outcome.final_loss, outcome.steps, outcome.seconds),
-            outcome.data,
-        )
-        with _clear_errors(self.path):
-            marks = ", ".join("?" * len(row))
-            self._connection.execute(f"INSERT INTO evaluation ({COLUMNS}) VALUES ({marks})", row)
-        self._entries[entry.key, trial.task, trial.seed] = entry
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All statements of the block, or none; outside of one, each is committed at once."""
+        self._connection.execute("BEGIN")
+        try:
+            yield
+        except BaseException:
+            self._connection.execute("ROLLBACK")
+            raise
+        self._connection.execute("COMMIT")
 
 
 @contextlib.contextmanager
@@ -172,6 +242,7 @@ def open_journal(folder: str | os.PathLike[str], settings: Mapping[str, Any]) ->
                 connection.execute("PRAGMA synchronous = FULL")  # beside seconds of training: free
                 journal = Journal(path, connection)
                 if not len(journal):  # `_check` let other settings pass
+                    connection.execute("DELETE FROM candidate")
                     connection.execute("UPDATE run SET settings = ?", [json.dumps(settings)])
             yield journal
 
@@ -238,14 +309,14 @@ def _check(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
     # recover from, it is told not to look.
     left = path.with_name(f"{path.name}-wal").exists()
     with contextlib.closing(_connect(path, "ro" if left else "ro&immutable=1")) as connection:
-        (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
         if verdict != "ok":
             raise sqlite3.DatabaseError(" ".join(verdict.split()))
         (text,) = connection.execute("SELECT settings FROM run").fetchone()
         (evaluations,) = connection.execute("SELECT count(*) FROM evaluation").fetchone()
     if not evaluations:
         return  # a run that failed at its start, perhaps because of its settings
-    recorded, settings = {**EARLIER, **json.loads(text)}, {**EARLIER, **settings}
+    recorded = json.loads(text)
     differing = [
         f"{name} {json.dumps(recorded.get(name))} (now {json.dumps(settings.get(name))})"
         for name in sorted({*recorded, *settings})
@@ -265,9 +336,13 @@ def _connect(path: pathlib.Path, mode: str) -> sqlite3.Connection:
     )
 
 
+def _json(optimizer: Genome | Baseline) -> str:
+    return json.dumps(optimizer.to_dict(), allow_nan=False)
+
+
 def _entry(row: tuple) -> Entry:
-    generation, place, genome, key, task, seed, status, *measured = row
-    trial = Trial(optimizer_from_json(genome), task, seed)
+    generation, place, genome, key, task, seed, purpose, status, *measured = row
+    trial = Trial(optimizer_from_json(genome), task, seed, Purpose(purpose))
     return Entry(generation, place, key, trial, Outcome(Status(status), *measured))
 
 

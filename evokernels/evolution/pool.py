@@ -1,91 +1,254 @@
-"""Where trials run: in this process, or in worker processes that keep their data sets loaded."""
+"""Where trials run: in this process, in worker processes, or wherever an executor runs them."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
+import errno
 import functools
-import itertools
-import multiprocessing
-import os
-import signal
+import logging
+import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+import time
+from collections.abc import Iterable, Iterator
 
 import torch
 
-from evokernels.errors import WorkerError
+from evokernels.errors import SettingsError, WorkerError
 from evokernels.evolution.evaluator import evaluate
+from evokernels.evolution.executor import InlineExecutor, WorkerDied, WorkerProcesses
+from evokernels.evolution.fitness import DIVERGED_FITNESS
 from evokernels.evolution.trial import Conditions, Outcome, Trial
-from evokernels.tasks import ImageData, get_task, load_images
+from evokernels.search.score import Status
+from evokernels.tasks import TaskData, get_task
 
-__all__ = ["Pool", "open_pool"]
+__all__ = ["Pool", "default_time_limit", "open_pool"]
+
+# One optimizer may crash a worker, or hang. Where so many evaluations fail in a row, the machine or
+# the program is to blame, and all further ones would be marked too.
+FAILURES_IN_A_ROW = 10
+
+# Seconds after which the pool looks again whether a trial is past its limit, at most.
+LOOK = 1.0
+
+# How errors that are none of MemoryError say it: torch on a CPU and on CUDA, C++, CUDA's libraries
+# and its driver.
+OUT_OF_MEMORY = (
+    *("DefaultCPUAllocator", "out of memory", "bad_alloc"),
+    *("STATUS_ALLOC_FAILED", "ERROR_OUT_OF_MEMORY"),
+)
 
 
-class InlineExecutor(concurrent.futures.Executor):
-    """Runs every call at once, in the calling thread."""
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What a worker does with a trial; it keeps the data sets in memory.
 
-    def submit(self, fn: Callable, /, *args: Any, **kwargs: Any) -> concurrent.futures.Future:
-        future: concurrent.futures.Future = concurrent.futures.Future()
+    Args:
+        conditions: of every trial.
+        threads: of torch.
+        device: where every trial runs.
+        data_dir: folder with data sets, or None (see `evokernels.tasks.load_images`).
+    """
+
+    conditions: Conditions
+    threads: int
+    device: str
+    data_dir: str | None
+
+    def prepare(self, trial: Trial) -> None:
+        """Load the data: on a worker's first trial that may take longer than the trial."""
         try:
-            future.set_result(fn(*args, **kwargs))
-        except Exception as error:  # handed to whoever asks for the result, as a pool does
-            future.set_exception(error)
-        return future
+            self._data(trial)
+        except Exception as error:
+            if not _is_out_of_memory(error):  # that one is the trial's, which will run into it too
+                raise
+
+    def __call__(self, trial: Trial) -> Outcome:
+        """The outcome, also of running out of memory; raises what is nobody's optimizer's fault."""
+        start = time.perf_counter()
+        try:
+            with ALONE:
+                torch.set_num_threads(self.threads)
+                return evaluate(trial, self.conditions, self._data(trial), self.device)
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+        return _failed(Status.OUT_OF_MEMORY, time.perf_counter() - start)
+
+    def _data(self, trial: Trial) -> TaskData:
+        samples = self.conditions.train_samples, self.conditions.validation_samples
+        return _data(trial.task, self.data_dir, *samples)
+
+
+# torch's random generators belong to the process: the threads of a pool take turns
+ALONE = threading.Lock()
+
+
+@functools.cache  # a process loads each data set once
+def _data(
+    task: str, data_dir: str | None, train_samples: int | None, validation_samples: int
+) -> TaskData:
+    return get_task(task).load(data_dir, train_samples, validation_samples)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)
+
+
+def _failed(status: Status, seconds: float) -> Outcome:
+    """Of a trial that ended before it could be measured."""
+    return Outcome(status, DIVERGED_FITNESS, None, None, steps=0, seconds=seconds, data="")
+
+
+@dataclasses.dataclass
+class _Run:
+    """A trial on its way.
+
+    Attributes:
+        submitted: when it was handed over.
+        ran: seconds that it has been seen running, None before it is; at most what it ran.
+    """
+
+    trial: Trial
+    submitted: float
+    ran: float | None = None
+
+
+# a trial, its outcome, and what happened if it failed
+Ended = tuple[Trial, Outcome, str | None]
 
 
 class Pool:
-    """Evaluates trials through an executor.
+    """Evaluates trials through an executor; an evaluation that fails is an outcome, not an error.
 
     Args:
         executor: any `concurrent.futures.Executor` whose workers can import this package.
         in_flight: trials handed to it at a time; the number of its workers keeps all of them busy,
             and no more than that many trials are lost when the run is killed.
-        conditions: of every trial.
-        device: where every trial runs.
-        data_dir: folder with data sets, or None (see `evokernels.tasks.load_images`).
+        evaluation: what it does with them.
+        time_limit: seconds that a trial may run; a time in which this process is stopped does not
+            count. A trial past it is ended by `WorkerProcesses`. Any other executor counts the
+            start of a worker in, cannot end the trial, and lacks its worker until it ends itself.
     """
 
     def __init__(
         self,
         executor: concurrent.futures.Executor,
         in_flight: int,
-        conditions: Conditions,
-        device: str,
-        data_dir: str | None,
+        evaluation: Evaluation,
+        time_limit: float = math.inf,
     ) -> None:
         self._executor = executor
         self._in_flight = in_flight
-        self._evaluate = functools.partial(
-            _evaluate, conditions=conditions, device=device, data_dir=data_dir
-        )
+        self._evaluation = evaluation
+        self._time_limit = time_limit
+        self._look = min(LOOK, time_limit / 10)
+        self._given_up: set[concurrent.futures.Future] = set()
+        self._failures_in_a_row = 0
 
     def run(self, trials: Iterable[Trial]) -> Iterator[tuple[Trial, Outcome]]:
         """Each trial with its outcome, in the order in which they end.
 
+        One that failed (`Status.CRASHED`, ``TIMED_OUT``, ``OUT_OF_MEMORY``) is kept back until
+        one has not, so that no run has recorded what many failures in a row turn out to be.
+
         Raises:
-            WorkerError: a worker process was ended from outside, for instance for its memory.
+            WorkerError: workers cannot be started, many evaluations in a row fail, every worker
+                hangs and cannot be ended, or the executor is broken.
+            Exception: whatever else an evaluation raises.
         """
+        kept_back: list[tuple[Trial, Outcome]] = []
+        with contextlib.closing(self._ended(trials)) as ended:
+            for trial, outcome, failure in ended:
+                if failure is None:
+                    self._failures_in_a_row = 0
+                    yield from kept_back
+                    kept_back.clear()
+                    yield trial, outcome
+                else:
+                    self._count(f"{trial.task}, seed {trial.seed}: {failure}")
+                    kept_back.append((trial, outcome))
+        yield from kept_back
+
+    def _count(self, failure: str) -> None:
+        """Say it; raises WorkerError if it is one too many."""
+        logging.getLogger(__name__).warning("evaluation failed (%s)", failure)
+        self._failures_in_a_row += 1
+        if self._failures_in_a_row == FAILURES_IN_A_ROW:
+            raise WorkerError(
+                f"{FAILURES_IN_A_ROW} evaluations in a row failed, so it is not the optimizers "
+                f"(the last: {failure}); free memory, use fewer workers or a longer time limit, "
+                "and start again: these failures are not recorded"
+            )
+
+    def _ended(self, trials: Iterable[Trial]) -> Iterator[Ended]:
         waiting = iter(trials)
-        running: dict[concurrent.futures.Future, Trial] = {}
+        following = next(waiting, None)
+        running: dict[concurrent.futures.Future, _Run] = {}
         try:
-            while True:
-                for trial in itertools.islice(waiting, self._in_flight - len(running)):
-                    running[self._executor.submit(self._evaluate, trial)] = trial
-                if not running:
-                    return
-                done, _ = concurrent.futures.wait(
-                    running, return_when=concurrent.futures.FIRST_COMPLETED
-                )
-                for future in done:
-                    yield running.pop(future), future.result()
-        except BrokenProcessPool:
+            while following is not None or running:
+                while (
+                    following is not None and len(running) + len(self._given_up) < self._in_flight
+                ):
+                    future = self._executor.submit(self._evaluation, following)
+                    running[future] = _Run(following, time.monotonic())
+                    following = next(waiting, None)
+                yield from self._wait(running)
+        except concurrent.futures.BrokenExecutor:
             raise WorkerError(
                 "a worker process ended in the middle of an evaluation, perhaps for lack of "
                 "memory; start again with fewer workers"
             ) from None
+        finally:
+            for future in running:
+                future.cancel()
+
+    def _wait(self, running: dict[concurrent.futures.Future, _Run]) -> Iterator[Ended]:
+        """Until something may have changed; those that ended are no longer running."""
+        since = time.monotonic()
+        done, _ = concurrent.futures.wait(
+            {*running, *self._given_up},
+            timeout=self._look if running else self._time_limit,
+            return_when=concurrent.futures.FIRST_COMPLETED,
+        )
+        # no more than the wait was to take: beyond that this process has been stopped
+        passed = min(time.monotonic() - since, self._look)
+        if not running and not done:
+            raise WorkerError(
+                f"all {self._in_flight} workers are past the time limit of {self._time_limit:g} "
+                "seconds, and this executor cannot end them; use one that can, or none"
+            )
+        self._given_up -= done
+        for future, run in list(running.items()):
+            if future in done:
+                del running[future]
+                yield run.trial, *_ending(future, run)
+            elif run.ran is not None:
+                run.ran += passed
+            elif future.running():
+                run.ran = 0.0
+        for future, run in list(running.items()):
+            if run.ran is not None and run.ran > self._time_limit and not future.done():
+                del running[future]
+                self._given_up.add(future)
+                if isinstance(self._executor, WorkerProcesses):
+                    self._executor.end(future)
+                outcome = _failed(Status.TIMED_OUT, time.monotonic() - run.submitted)
+                yield run.trial, outcome, f"past the time limit of {self._time_limit:g} seconds"
+
+
+def _ending(future: concurrent.futures.Future, run: _Run) -> tuple[Outcome, str | None]:
+    """The outcome, and what happened if it is a failure; raises what is not the optimizer's."""
+    try:
+        outcome = future.result()
+    except WorkerDied as death:
+        return _failed(Status.CRASHED, time.monotonic() - run.submitted), f"its worker {death}"
+    return outcome, "out of memory" if outcome.status is Status.OUT_OF_MEMORY else None
 
 
 @contextlib.contextmanager
@@ -96,61 +259,47 @@ def open_pool(
     threads: int,
     device: str = "cpu",
     data_dir: str | None = None,
+    time_limit: float | None = None,
+    executor: concurrent.futures.Executor | None = None,
 ) -> Iterator[Pool]:
-    """A pool of ``workers`` processes with ``threads`` torch threads each; one worker is inline.
+    """A pool that evaluates trials within the conditions, ``workers`` at a time.
 
     The results depend on ``threads`` and ``device`` ("cpu", "cuda" or "cuda:N", which all workers
-    share), never on ``workers``. Leaving the context by an error or
-    Ctrl-C ends the workers at once, in the middle of what they do.
+    share), never on ``workers``. Leaving the context by an error or Ctrl-C ends worker processes
+    at once, in the middle of what they do.
+
+    Args:
+        conditions: of every trial.
+        workers: processes. A single one is this process, unless there is a ``time_limit``.
+        threads: torch threads of each.
+        device: where every trial runs.
+        data_dir: folder with data sets, or None (see `evokernels.tasks.load_images`).
+        time_limit: seconds that a trial may run, starting a worker and loading data not counted;
+            None: `default_time_limit`.
+        executor: with at least that many workers, instead of processes of the pool's own; it
+            stays open. In one process trials take turns, however many threads it has.
+
+    Raises:
+        SettingsError: a time limit that is not positive.
     """
-    if workers == 1:
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            yield Pool(InlineExecutor(), 1, conditions, device, data_dir)
-        finally:
-            torch.set_num_threads(before)
-        return
-
-    others = set(multiprocessing.active_children())
-    with concurrent.futures.ProcessPoolExecutor(
-        max_workers=workers,
-        # a forked child would inherit torch's thread pools without their threads, and hang; and it
-        # could not use CUDA
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(threads,),
-    ) as executor:
-        try:
-            yield Pool(executor, workers, conditions, device, data_dir)
-        except BaseException:
-            # the executor would wait for the trials in flight, up to a minute each
-            for worker in set(multiprocessing.active_children()) - others:
-                worker.terminate()
-            raise
+    if time_limit is not None and not time_limit > 0:
+        raise SettingsError(f"time_limit must be above 0 seconds, got {time_limit}")
+    evaluation = Evaluation(conditions, threads, device, data_dir)
+    limit = default_time_limit(conditions) if time_limit is None else time_limit
+    before = torch.get_num_threads()
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, before)  # trials may have run in this thread
+        if executor is None and workers == 1 and time_limit is None:
+            executor = InlineExecutor()
+        elif executor is None:
+            executor = stack.enter_context(WorkerProcesses(workers))
+        yield Pool(executor, workers, evaluation, limit)
 
 
-def _start_worker(threads: int) -> None:
-    # Ctrl-C in a terminal reaches the whole process group; the parent alone decides what it means
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
+def default_time_limit(conditions: Conditions) -> float:
+    """Seconds after which a training run can only be hanging.
 
-
-def _end_with_parent() -> None:
-    """A worker waits on a queue whose writing end it holds itself, so it would never notice that a
-    killed parent is gone, and would keep its memory for ever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _evaluate(
-    trial: Trial, *, conditions: Conditions, device: str, data_dir: str | None
-) -> Outcome:
-    dataset = get_task(trial.task).dataset
-    return evaluate(trial, conditions, _images(dataset, data_dir, conditions.train_samples), device)
-
-
-@functools.cache  # a process loads each data set once
-def _images(dataset: str, data_dir: str | None, train_samples: int | None) -> ImageData:
-    return load_images(dataset, data_dir, train_samples)
+    A sample takes 0.1 to 0.3 ms of training on one core and a test 2 seconds; this is many times
+    that, for slow and busy machines.
+    """
+    return 600.0 + 0.02 * conditions.steps * conditions.batch_size

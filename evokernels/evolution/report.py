@@ -1,4 +1,4 @@
-"""What a run leaves behind: history.csv, best_genome.json, evolution.png, and how to use it."""
+"""What a run leaves behind: its files, and how to use the best genome."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from evokernels.evolution.audit import Audit, audit_csv
 from evokernels.evolution.comparison import Comparison
 from evokernels.evolution.files import write_atomically
 from evokernels.evolution.history import Generation
+from evokernels.evolution.ledger import Cost, ledger_csv
+from evokernels.evolution.settings import RunSettings
+from evokernels.evolution.winner import Winner, winner_csv
 from evokernels.genome import Genome
 
 if TYPE_CHECKING:
@@ -22,12 +26,17 @@ __all__ = [
     "history_csv",
     "plot_history",
     "usage",
+    "write_audit",
     "write_best_genome",
     "write_comparison",
     "write_history",
+    "write_ledger",
+    "write_winner",
 ]
 
-FILES = BEST_GENOME, HISTORY, EVOLUTION_PLOT = "best_genome.json", "history.csv", "evolution.png"
+BEST_GENOME, HISTORY, EVOLUTION_PLOT = "best_genome.json", "history.csv", "evolution.png"
+WINNER, LEDGER, AUDIT = "winner.csv", "ledger.csv", "audit.csv"
+FILES = BEST_GENOME, HISTORY, EVOLUTION_PLOT, WINNER, LEDGER  # and AUDIT, if one was asked for
 COMPARISON_FILES = COMPARISON_TABLE, COMPARISON_PLOT = "comparison.csv", "comparison.png"
 
 BEST_COLOUR, MEAN_COLOUR = "#0b6e4f", "#8a8a8a"
@@ -42,13 +51,14 @@ def history_csv(history: Sequence[Generation]) -> str:
     writer.writerow(
         ["generation", "best_fitness", "mean_fitness", "best_so_far", "best_accuracy"]
         + [f"{kind}_{task}" for task in tasks for kind in ("best", "mean")]
-        + ["evaluations", "reused", "diverged"]
+        + ["evaluations", "reused", "raced", "stopped", "diverged", "failed"]
     )
     for entry in history:
         writer.writerow(
             [entry.number + 1, entry.best, entry.mean, entry.best_so_far, entry.best_accuracy]
             + [values[task] for task in tasks for values in (entry.task_best, entry.task_mean)]
-            + [entry.evaluations, entry.reused, entry.diverged]
+            + [entry.evaluations, entry.reused, entry.raced]
+            + [entry.stopped, entry.diverged, entry.failed]
         )
     return text.getvalue()
 
@@ -61,6 +71,21 @@ def write_history(folder: pathlib.Path, history: Sequence[Generation]) -> None:
 def write_best_genome(folder: pathlib.Path, genome: Genome) -> None:
     """Write ``best_genome.json``; raises JournalError if it cannot."""
     write_atomically(folder / BEST_GENOME, genome.to_json().encode())
+
+
+def write_winner(folder: pathlib.Path, winner: Winner, settings: RunSettings) -> None:
+    """Write ``winner.csv``; raises JournalError if it cannot."""
+    write_atomically(folder / WINNER, winner_csv(winner, settings).encode())
+
+
+def write_ledger(folder: pathlib.Path, ledger: Sequence[Cost]) -> None:
+    """Write ``ledger.csv``; raises JournalError if it cannot."""
+    write_atomically(folder / LEDGER, ledger_csv(ledger).encode())
+
+
+def write_audit(folder: pathlib.Path, audit: Audit) -> None:
+    """Write ``audit.csv``; raises JournalError if it cannot."""
+    write_atomically(folder / AUDIT, audit_csv(audit).encode())
 
 
 def usage(folder: pathlib.Path, steps: int) -> str:
@@ -95,7 +120,7 @@ def plot_history(folder: pathlib.Path, history: Sequence[Generation]) -> None:
         axes = figure.add_subplot(1, len(panels), place)
         axes.plot(numbers, best, color=BEST_COLOUR, marker="o", markersize=3, label="best")
         axes.plot(
-            numbers, mean, color=MEAN_COLOUR, marker="o", markersize=3, label="mean (diverged: -1)"
+            numbers, mean, color=MEAN_COLOUR, marker="o", markersize=3, label="mean (failed: -1)"
         )
         axes.set_title(title)
         axes.set_xlabel("generation")

@@ -2,7 +2,7 @@
 
 Both train with the same batches and end with the same losses. The second is for devices on which
 a step takes less time than the host needs to ask for its operations: the whole step, from the
-gathering of its images to the update, is recorded once and replayed.
+gathering of its samples to the update, is recorded once and replayed.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 from torch.nn import functional
 
 from evokernels.evolution.devices import forked_generators
-from evokernels.evolution.fitness import diverged, within_limit
+from evokernels.evolution.fitness import Hurdle, diverged, within_limit
 from evokernels.tasks import Batches, Draw
 
-__all__ = ["LAYOUT", "Graph", "train", "train_on_device"]
+__all__ = ["LAYOUT", "Graph", "logits", "train", "train_on_device"]
 
 # Convolution, pooling and batch norm of the two networks are 1.2 to 1.5 times faster with the
 # channels innermost (measured on a CPU with one thread, training), twice as fast in the test.
@@ -46,14 +46,18 @@ def train(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    hurdle: Hurdle | None = None,
 ) -> list[float]:
     """One step for each batch; ends early with the first loss that counts as diverged.
+
+    A hurdle that is not taken ends it too, after its step.
 
     Args:
         model: on the device of the batches.
         optimizer: of its parameters. Where it has a function ``backward`` of the loss, that takes
             the place of the loss's own: Sophia differentiates some gradients once more.
         batches: x and y of each step.
+        hurdle: None where there is none.
 
     Returns:
         The loss before each step.
@@ -69,6 +73,8 @@ def train(
         optimizer.zero_grad()
         backward(loss)
         optimizer.step()
+        if hurdle and hurdle.fails(losses):
+            break
     return losses
 
 
@@ -78,6 +84,7 @@ def train_on_device(
     batches: Batches,
     draws: Draw,
     graph: Graph,
+    hurdle: Hurdle | None = None,
 ) -> list[float]:
     """`train` without the host: the steps are replays of one that was recorded.
 
@@ -85,9 +92,10 @@ def train_on_device(
         model: on the device, not yet trained.
         optimizer: of its parameters, with no state yet. The ``lr`` of its groups becomes a tensor
             on the device, and ``found_inf`` the flag that holds it back after divergence.
-        batches: of images on the device.
+        batches: of data on the device.
         draws: stacked, one for each step, on the device.
         graph: not yet used.
+        hurdle: as in `train`.
 
     Returns:
         The loss before each step, up to and with the first that counts as diverged. The weights
@@ -98,10 +106,14 @@ def train_on_device(
     graph.capture(step.warm_up, step)
     done = 0
     while done < len(step.losses) and not step.diverged.item():
-        replays = min(LOOK_EVERY, len(step.losses) - done)
-        for _ in range(replays):
+        look = min(done + LOOK_EVERY, len(step.losses))
+        if hurdle and done < hurdle.STEP < look:
+            look = hurdle.STEP
+        for _ in range(done, look):
             graph.replay()
-        done += replays
+        done = look
+        if hurdle and hurdle.fails(step.losses[:done].tolist()):
+            break
     losses = step.losses[:done].tolist()
     healthy = sum(1 for _ in itertools.takewhile(lambda loss: not diverged(loss), losses))
     return losses[: healthy + 1]
@@ -169,6 +181,11 @@ class TrainingStep:
         self.diverged.zero_()
 
 
+def logits(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What the model says of a batch, images (4 dimensions) with the channels innermost."""
+    return model(x.contiguous(memory_format=LAYOUT) if x.ndim == 4 else x)
+
+
 def _loss(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy of a batch, 0-d."""
-    return functional.cross_entropy(model(x.contiguous(memory_format=LAYOUT)), y)
+    """Mean cross entropy of all predictions of a batch, 0-d."""
+    return functional.cross_entropy(logits(model, x).flatten(0, -2), y.flatten())

@@ -65,7 +65,8 @@ class Outcome:
         final_loss: mean training loss of the last 50 steps; None like ``accuracy``.
         steps: optimizer steps taken; fewer than the conditions ask for if the run ended early.
         seconds: wall-clock time of training and test.
-        data: digest of the data set, so that a run cannot go on with other data unnoticed.
+        data: digest of the data set, so that a run cannot go on with other data unnoticed; empty
+            if the trial failed in a way that leaves it unknown.
         test_accuracy: on the test split; None unless the purpose is `Purpose.REPORT`.
     """
 

@@ -77,7 +77,8 @@ class State:
     Attributes:
         generation: of ``population``, counted from 0; equals ``generations`` at the end.
         population: the genomes to be scored next; empty at the end.
-        best: the best genome ever told, the earliest among equals; None at the start.
+        best: the best genome ever told, the earliest among equals; None at the start. What counts
+            is what a genome was told last: one that was told more than once can lose its place.
     """
 
     generation: int
@@ -114,7 +115,8 @@ class GeneticSearch:
             )
         scored = [Scored(*pair) for pair in zip(state.population, scores, strict=True)]
         # max and sorted keep the order of equals: ties go to the earlier genome, always
-        champions = scored if state.best is None else [state.best, *scored]
+        retold = state.best is None or state.best.genome in state.population
+        champions = scored if retold else [state.best, *scored]
         best = max(champions, key=_rank)
         generation = state.generation + 1
         if generation == self.config.generations:

@@ -13,7 +13,16 @@ class Status(enum.Enum):
     """How an evaluation ended."""
 
     OK = "ok"
+    STOPPED = "stopped"  # by a hurdle: worth what it had reached
     DIVERGED = "diverged"
+    CRASHED = "crashed"  # its worker process ended in the middle of it
+    TIMED_OUT = "timed_out"
+    OUT_OF_MEMORY = "out_of_memory"
+
+    @property
+    def failed(self) -> bool:
+        """Whether there is nothing to rank: the number beside it means nothing."""
+        return self not in (Status.OK, Status.STOPPED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +31,7 @@ class Score:
 
     Args:
         fitness: higher is better; finite, so that every comparison means something.
-        status: ``DIVERGED`` ranks below every ``OK`` score, whatever its fitness.
+        status: one that `failed` ranks below every other, whatever its fitness.
 
     Raises:
         ValueError: the fitness is NaN or infinite: a failed evaluation is a status, not a number.
@@ -41,4 +50,4 @@ class Score:
     @property
     def rank(self) -> tuple[bool, float]:
         """Sort key, best last."""
-        return self.status is Status.OK, self.fitness
+        return not self.status.failed, self.fitness

@@ -1,32 +1,29 @@
-"""Batches of a data set in memory: shuffled, augmented and normalised as whole tensors.
+"""Batches of a data set in memory, made as whole tensors where it lies.
 
-What is random in them is drawn apart from making them (`draw_batches`, `Batches`): a CPU draws the
-same numbers wherever the images lie.
+What is random in them is drawn apart from making them (`TaskData.draw_batches`, `Batches`): a CPU
+draws the same numbers wherever the data lies.
 """
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
 
-from evokernels.errors import DatasetError
-from evokernels.tasks.datasets import ImageData
+from evokernels.tasks.splits import check_whole
 
-__all__ = ["Batches", "Draw", "draw_batches", "stack_draws", "test_batches", "training_batches"]
-
-CROP_PADDING = 4  # pixels on each side, as in the source system
+__all__ = ["Batches", "Draw", "TaskData", "random_streams", "stack_draws", "training_batches"]
 
 
 class Draw(NamedTuple):
-    """What is random in a training batch; stacked, each tensor has a dimension (steps,) in front.
+    """What decides a batch; stacked, each tensor has a dimension (steps,) in front.
 
     Attributes:
-        chosen: int64 (B,), places of its images in the training split.
-        mirrored: bool (B,), which of them are mirrored; None without augmentation, as the rest.
+        chosen: int64 (B,), its samples: places of images in their split, or places in a text at
+            which windows begin.
+        mirrored: bool (B,), which images are mirrored; None without augmentation, as the rest.
         top: int64 (B,), where the crop begins in the padded image, 0 to 8.
         left: like ``top``.
     """
@@ -41,35 +38,77 @@ class Draw(NamedTuple):
         return Draw(*(None if tensor is None else function(tensor) for tensor in self))
 
 
-def draw_batches(
-    data: ImageData, batch_size: int, steps: int, seed: int, augment: bool
-) -> Iterator[Draw]:
-    """What is random in exactly ``steps`` batches, on the CPU.
+class TaskData(Protocol):
+    """A data set as training and its measure see it, split into "train", "validation" and "test".
 
-    Every epoch is a new permutation of the training images; images left over at its end that do
-    not fill a batch are dropped. The draws depend on the arguments alone: not on torch's global
-    generator, nor on the number of threads, nor on where the images lie.
+    Attributes:
+        name: the data set.
+        classes: number of classes, of images or of characters.
+        device: where it lies.
+    """
+
+    name: str
+    classes: int
+
+    @property
+    def device(self) -> torch.device:
+        """See the class."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same data set on ``device``."""
+
+    def digest(self) -> str:
+        """16 hexadecimal digits that tell data sets of the same name apart; on the CPU only."""
+
+    def draw_batches(self, batch_size: int, steps: int, seed: int) -> Iterator[Draw]:
+        """What is random in exactly ``steps`` training batches, on the CPU.
+
+        The draws depend on the data set and the arguments alone: not on torch's global generator,
+        nor on the number of threads, nor on where the data lies.
+
+        Args:
+            batch_size: samples in a batch, at least 1.
+            steps: number of batches, at least 0.
+            seed: whole number, at least 0.
+
+        Raises:
+            DatasetError: an argument out of these bounds; at the call, before the first draw.
+        """
+
+    def samples(self, split: str) -> torch.Tensor:
+        """All samples of a split in order, as `Draw.chosen` has them; on the device."""
+
+    def maker(self) -> Callable[[str, Draw], tuple[torch.Tensor, torch.Tensor]]:
+        """What makes x and y of a split and a draw; neither waits for the device nor copies to it.
+
+        y are classes, int64, (B,) or (B, T); of each, x gives the network what it needs.
+        """
+
+
+class Batches:
+    """Makes the batches of a data set where it lies.
 
     Args:
-        data: the data set.
-        batch_size: images in a batch, at most as many as there are training images.
-        steps: number of batches, at least 0.
-        seed: whole number, at least 0; of the order and, apart from it, of the augmentation.
-        augment: mirror an image with probability 1/2 and crop it, at a random place, from itself
-            padded with 4 black pixels on each side.
-
-    Raises:
-        DatasetError: an argument out of these bounds; at the call, before the first draw.
+        data: the data set, on any device.
     """
-    _check_whole("batch_size", batch_size, least=1)
-    _check_whole("steps", steps, least=0)
-    _check_whole("seed", seed, least=0)
-    if batch_size > len(data.y_train):
-        raise DatasetError(
-            f"batch_size is {batch_size}, but {data.name!r} has {len(data.y_train)} training "
-            "images here; use a smaller batch or more train_samples"
-        )
-    return _draw_batches(len(data.y_train), batch_size, steps, seed, augment)
+
+    def __init__(self, data: TaskData) -> None:
+        self._data = data
+        self._make = data.maker()
+
+    def training(self, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
+        """x and y of a draw that lies on the same device."""
+        return self._make("train", draw)
+
+    def split(self, split: str, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The "validation" or "test" split in order; the last batch has what is left over.
+
+        Raises:
+            DatasetError: a ``batch_size`` below 1; at the call.
+        """
+        check_whole("batch_size", batch_size, least=1)
+        chosen = self._data.samples(split).split(batch_size)
+        return (self._make(split, Draw(some)) for some in chosen)
 
 
 def stack_draws(draws: Iterable[Draw]) -> Draw:
@@ -78,92 +117,24 @@ def stack_draws(draws: Iterable[Draw]) -> Draw:
     return Draw(*(None if column[0] is None else torch.stack(column) for column in columns))
 
 
-class Batches:
-    """Makes the batches of a data set where its images lie.
-
-    Making a training batch neither waits for the device nor copies anything to it.
-
-    Args:
-        data: the data set, on any device.
-    """
-
-    def __init__(self, data: ImageData) -> None:
-        self._data = data
-        device = data.x_train.device
-        self._mean = torch.tensor(data.mean, dtype=torch.float32, device=device).view(-1, 1, 1)
-        self._std = torch.tensor(data.std, dtype=torch.float32, device=device).view(-1, 1, 1)
-
-    def training(self, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
-        """x float32 (B, C, H, W), normalised, and y int64 (B,) of a draw on the same device."""
-        x = self._data.x_train[draw.chosen]
-        if draw.mirrored is not None:
-            x = _mirrored_and_cropped(x, draw)
-        return self._normalised(x), self._data.y_train[draw.chosen]
-
-    def test(self, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The test split in order, as `test_batches` has it."""
-        images, labels = self._data.x_test.split(batch_size), self._data.y_test.split(batch_size)
-        for x, y in zip(images, labels, strict=True):
-            yield self._normalised(x), y
-
-    def _normalised(self, x: torch.Tensor) -> torch.Tensor:
-        """(x / 255 - mean) / std of uint8 (B, C, H, W), as float32."""
-        return x.to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
-
-
 def training_batches(
-    data: ImageData, batch_size: int, steps: int, seed: int, augment: bool
+    data: TaskData, batch_size: int, steps: int, seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The batches of `draw_batches`, made of ``data`` on the CPU.
+    """The batches of `TaskData.draw_batches`, made of ``data`` on the CPU."""
+    return map(Batches(data).training, data.draw_batches(batch_size, steps, seed))
 
-    Each is x float32 (B, C, H, W), normalised, and y int64 (B,); arguments and errors are those of
-    `draw_batches`.
+
+def random_streams(batch_size: int, steps: int, seed: int) -> tuple[torch.Generator, ...]:
+    """Generators of a data set's draws: one chooses samples, the other augments them.
+
+    Raises:
+        DatasetError: as `TaskData.draw_batches` says.
     """
-    return map(Batches(data).training, draw_batches(data, batch_size, steps, seed, augment))
-
-
-def test_batches(data: ImageData, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The test split in order: x float32 (B, C, H, W), normalised, and y int64 (B,).
-
-    The last batch has what is left over. Raises DatasetError for a ``batch_size`` below 1.
-    """
-    _check_whole("batch_size", batch_size, least=1)
-    return Batches(data).test(batch_size)
-
-
-def _draw_batches(
-    images: int, batch_size: int, steps: int, seed: int, augment: bool
-) -> Iterator[Draw]:
+    check_whole("batch_size", batch_size, least=1)
+    check_whole("steps", steps, least=0)
+    check_whole("seed", seed, least=0)
     # Two streams, so that augmentation does not change the order. Mixed seeds, because a run
     # seeds its weights and dropout with the same number, and because torch's generator would
     # take 2**32 + 1 for 1.
-    order_seed, augmentation_seed = np.random.SeedSequence(seed).generate_state(2)
-    order = torch.Generator().manual_seed(int(order_seed))
-    augmentation = torch.Generator().manual_seed(int(augmentation_seed))
-    for step in range(steps):
-        start = step % (images // batch_size) * batch_size
-        if start == 0:
-            permutation = torch.randperm(images, generator=order)
-        chosen = permutation[start : start + batch_size]
-        if augment:
-            mirrored = torch.randint(2, (batch_size,), generator=augmentation, dtype=torch.bool)
-            top, left = torch.randint(2 * CROP_PADDING + 1, (2, batch_size), generator=augmentation)
-            yield Draw(chosen, mirrored, top, left)
-        else:
-            yield Draw(chosen)
-
-
-def _mirrored_and_cropped(x: torch.Tensor, draw: Draw) -> torch.Tensor:
-    """Each image of a uint8 batch (B, C, H, W) mirrored or not and moved by up to 4 pixels."""
-    batch, _, height, width = x.shape
-    x = torch.where(draw.mirrored.view(-1, 1, 1, 1), x.flip(3), x)
-    padded = torch.nn.functional.pad(x, (CROP_PADDING,) * 4)
-    # All crops of every image as a view (B, C, 9, 9, H, W) without a copy; one of them is taken.
-    crops = padded.unfold(2, height, 1).unfold(3, width, 1)
-    return crops[torch.arange(batch, device=x.device), :, draw.top, draw.left]
-
-
-def _check_whole(name: str, value: int, least: int) -> None:
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or value < least:
-        raise DatasetError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    seeds = np.random.SeedSequence(seed).generate_state(2)
+    return tuple(torch.Generator().manual_seed(int(mixed)) for mixed in seeds)

@@ -1,4 +1,4 @@
-"""Image data sets, held in memory as uint8 tensors.
+"""Image data sets by name.
 
 `load_images` looks in this order: the package itself (``fashion_mnist_mini``), ``<name>.npz`` in
 the data folder, a torchvision copy in the data folder, the network. What comes over the network
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
-import numbers
 import os
 import pathlib
 import tempfile
@@ -19,41 +18,11 @@ import numpy as np
 import torch
 
 from evokernels.errors import DatasetError
+from evokernels.tasks.folder import data_folder
+from evokernels.tasks.images import ARRAYS, ImageData
+from evokernels.tasks.splits import training_size
 
-__all__ = ["ImageData", "load_images"]
-
-ARRAYS = ("x_train", "y_train", "x_test", "y_test")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ImageData:
-    """Images and labels of a data set, not normalised.
-
-    Args:
-        name: the data set.
-        x_train: training images, uint8 (N, C, H, W), contiguous.
-        y_train: their classes, int64 (N,), in [0, ``num_classes``).
-        x_test: images of the test split, like ``x_train``.
-        y_test: their classes, like ``y_train``.
-        mean: mean of each channel, pixels counted from 0 to 1.
-        std: standard deviation of each channel, in the same unit.
-        num_classes: number of classes.
-    """
-
-    name: str
-    x_train: torch.Tensor = dataclasses.field(repr=False)
-    y_train: torch.Tensor = dataclasses.field(repr=False)
-    x_test: torch.Tensor = dataclasses.field(repr=False)
-    y_test: torch.Tensor = dataclasses.field(repr=False)
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    num_classes: int
-
-    def to(self, device: torch.device) -> ImageData:
-        """The same data set with its tensors on ``device``."""
-        return dataclasses.replace(
-            self, **{name: getattr(self, name).to(device) for name in ARRAYS}
-        )
+__all__ = ["load_images"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +36,7 @@ class Source:
     image_shape: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    num_classes: int
+    classes: int
     torchvision_class: str | None
 
 
@@ -85,6 +54,8 @@ def load_images(
     name: str,
     data_dir: str | os.PathLike[str] | None = None,
     train_samples: int | None = None,
+    validation_samples: int = 0,
+    augment: bool = False,
 ) -> ImageData:
     """A data set by name: mnist, fashion_mnist, cifar10 or fashion_mnist_mini (embedded).
 
@@ -94,9 +65,12 @@ def load_images(
             ``~/.cache/evokernels/data``. An archive ``<name>.npz`` in it has exactly the arrays
             ``x_train``, ``y_train``, ``x_test`` and ``y_test``, all uint8, images N×H×W or
             N×H×W×3.
-        train_samples: keep that many training images, the first after one fixed shuffle: the
-            same ones for every caller; None keeps all, in stored order. The test split is always
-            whole.
+        train_samples: train with that many images of the training split, the first after one
+            fixed shuffle: the same ones for every caller; None for all that are not held back.
+            The test split is always whole.
+        validation_samples: hold that many further images of the training split back, the next
+            ones of that shuffle.
+        augment: see `ImageData`.
 
     Raises:
         DatasetError: unknown name, fewer images than asked for, or a data set that is missing,
@@ -111,7 +85,7 @@ def load_images(
             arrays = _read_npz(path, "install evokernels again")
         origin = f"embedded {name}.npz"
     else:
-        folder = _data_folder(data_dir)
+        folder = data_folder(data_dir)
         path = folder / f"{name}.npz"
         if os.path.lexists(path):  # a dangling link is reported, not replaced by a download
             remedy = "restore the file, or remove it to have the data set downloaded"
@@ -122,24 +96,20 @@ def load_images(
     _check(arrays, source, origin)
 
     x_train, y_train = arrays["x_train"], arrays["y_train"]
-    if train_samples is not None:
-        chosen = _fixed_choice(name, len(y_train), train_samples)
-        x_train, y_train = x_train[chosen], y_train[chosen]
+    kept, held_back = _fixed_choice(name, len(y_train), train_samples, validation_samples)
     return ImageData(
         name=name,
-        x_train=_channels_first(x_train),
-        y_train=torch.from_numpy(y_train.astype(np.int64)),
+        x_train=_channels_first(x_train[kept]),
+        y_train=_labels(y_train[kept]),
         x_test=_channels_first(arrays["x_test"]),
-        y_test=torch.from_numpy(arrays["y_test"].astype(np.int64)),
+        y_test=_labels(arrays["y_test"]),
         mean=source.mean,
         std=source.std,
-        num_classes=source.num_classes,
+        classes=source.classes,
+        x_validation=_channels_first(x_train[held_back]),
+        y_validation=_labels(y_train[held_back]),
+        augment=augment,
     )
-
-
-def _data_folder(data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
-    chosen = data_dir or os.environ.get("EVOKERNELS_DATA") or "~/.cache/evokernels/data"
-    return pathlib.Path(chosen).expanduser()
 
 
 def _read_npz(path: pathlib.Path, remedy: str) -> dict[str, np.ndarray]:
@@ -244,25 +214,25 @@ def _check(arrays: dict[str, np.ndarray], source: Source, origin: str) -> None:
                 f"{origin}: y_{split} is {labels.dtype} of shape {labels.shape}; "
                 f"it must be uint8 of shape ({len(images)},), one class for each image"
             )
-        if labels.max() >= source.num_classes:
-            at = int(np.argmax(labels >= source.num_classes))
+        if labels.max() >= source.classes:
+            at = int(np.argmax(labels >= source.classes))
             raise DatasetError(
                 f"{origin}: y_{split}[{at}] is {labels[at]}; "
-                f"classes are numbered from 0 to {source.num_classes - 1}"
+                f"classes are numbered from 0 to {source.classes - 1}"
             )
 
 
-def _fixed_choice(name: str, available: int, wanted: int) -> np.ndarray:
-    """Indices (wanted,) int64 of the training images to keep."""
-    whole = isinstance(wanted, numbers.Integral) and not isinstance(wanted, bool)
-    if not whole or not 1 <= wanted <= available:
-        raise DatasetError(
-            f"train_samples is {wanted!r}, but {name!r} has {available} training images here; "
-            f"give a whole number from 1 to {available}, or None for all"
-        )
+def _fixed_choice(
+    name: str, available: int, train_samples: int | None, validation_samples: int
+) -> tuple[slice | np.ndarray, slice | np.ndarray]:
+    """Places of the training images that are trained with, and of those that are held back."""
+    train = training_size(available, train_samples, validation_samples, repr(name), "images")
+    if train_samples is None and not validation_samples:
+        return slice(None), slice(0)
     # numpy keeps the stream of the old RandomState as it is for good; that of Generator or of
     # torch.randperm may change with a release, and with it everybody's fitnesses.
-    return np.random.RandomState(0).permutation(available)[:wanted]
+    shuffled = np.random.RandomState(0).permutation(available)
+    return shuffled[:train], shuffled[train : train + validation_samples]
 
 
 def _channels_first(images: np.ndarray) -> torch.Tensor:
@@ -270,3 +240,7 @@ def _channels_first(images: np.ndarray) -> torch.Tensor:
     tensor = torch.from_numpy(images)
     tensor = tensor.unsqueeze(1) if tensor.ndim == 3 else tensor.permute(0, 3, 1, 2)
     return tensor.contiguous()
+
+
+def _labels(classes: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(classes.astype(np.int64))

@@ -11,7 +11,7 @@ __all__ = ["CifarCNN", "SmallCNN"]
 class SmallCNN(nn.Module):
     """For grey images (N, 1, 28, 28); 824,458 parameters."""
 
-    def __init__(self) -> None:
+    def __init__(self, classes: int = 10) -> None:
         super().__init__()
         self.features = nn.Sequential(
             nn.Conv2d(1, 32, 3, padding=1),
@@ -26,7 +26,7 @@ class SmallCNN(nn.Module):
             nn.Linear(64 * 7 * 7, 256),
             nn.ReLU(),
             nn.Dropout(0.3),
-            nn.Linear(256, 10),
+            nn.Linear(256, classes),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -41,7 +41,7 @@ class CifarCNN(nn.Module):
     the block's first convolution.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, classes: int = 10) -> None:
         super().__init__()
         self.features = nn.Sequential(*_block(3, 32), *_block(32, 64))
         self.classifier = nn.Sequential(
@@ -49,7 +49,7 @@ class CifarCNN(nn.Module):
             nn.Linear(64 * 8 * 8, 512),
             nn.ReLU(),
             nn.Dropout(0.5),
-            nn.Linear(512, 10),
+            nn.Linear(512, classes),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

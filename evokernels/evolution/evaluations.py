@@ -1,0 +1,82 @@
+"""The evaluations of a run: made once, looked up ever after."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+from evokernels.evolution.baselines import optimizer_key
+from evokernels.evolution.journal import Entry, Journal
+from evokernels.evolution.pool import Pool
+from evokernels.evolution.trial import Outcome, Purpose, Trial
+
+__all__ = ["Evaluations", "OnProgress", "Request"]
+
+OnProgress = Callable[[int, int, str], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A trial that is needed, and where in the run; None for both after the search."""
+
+    trial: Trial
+    key: str
+    generation: int | None = None
+    place: int | None = None
+
+    @classmethod
+    def after_search(cls, trial: Trial) -> Request:
+        """Of what no generation needs."""
+        return cls(trial, optimizer_key(trial.optimizer))
+
+
+class Evaluations:
+    """Makes what the journal lacks, with what workers there are.
+
+    Args:
+        on_progress: called after every training run with the number of runs in the journal, the
+            number expected in the end, and where the evolution stands.
+    """
+
+    def __init__(self, journal: Journal, pool: Pool, on_progress: OnProgress) -> None:
+        self.journal = journal
+        self._pool = pool
+        self._on_progress = on_progress
+
+    def make(self, requests: Iterable[Request], still_to_come: int, note: str) -> None:
+        """Train what is missing; of requests that are one trial of one optimizer the first.
+
+        Which one that is does not depend on what ends first, nor does anything else but the order
+        of the rows.
+
+        Args:
+            still_to_come: runs that will be needed after these, as far as one can tell.
+            note: where the evolution stands.
+        """
+        missing: dict[tuple[str, str, int, Purpose], Request] = {}
+        for request in requests:
+            trial = request.trial
+            identity = request.key, trial.task, trial.seed, trial.purpose
+            if self.journal.find(*identity) is None:
+                missing.setdefault(identity, request)
+        if not missing:
+            return
+        by_trial = {request.trial: request for request in missing.values()}
+        expected = len(self.journal) + len(missing) + still_to_come
+        self._on_progress(len(self.journal), expected, note)
+        for trial, outcome in self._pool.run(by_trial):
+            request = by_trial[trial]
+            entry = Entry(request.generation, request.place, request.key, trial, outcome)
+            self.journal.add(entry)
+            self._on_progress(len(self.journal), expected, note)
+
+    def entry(self, key: str, task: str, seed: int, purpose: Purpose) -> Entry:
+        """What was made before."""
+        entry = self.journal.find(key, task, seed, purpose)
+        assert entry is not None, "only asked for what `make` has made sure of"
+        return entry
+
+    def outcome(self, trial: Trial) -> Outcome:
+        """How a trial ended that was made before."""
+        key = optimizer_key(trial.optimizer)
+        return self.entry(key, trial.task, trial.seed, trial.purpose).outcome

@@ -1,0 +1,199 @@
+"""One generation after the other is trained, seed after seed; equal optimizers and hopeless ones
+are left out.
+
+Everything here follows from the settings, the genomes and the outcomes: neither from what the
+journal happens to have already, nor from the order in which evaluations end. A run that is resumed
+takes the same decisions again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Sequence
+
+from evokernels.compiler.canonical import canonical_key
+from evokernels.evolution.evaluations import Evaluations, Request
+from evokernels.evolution.fitness import genome_score
+from evokernels.evolution.history import Result
+from evokernels.evolution.journal import Entry, Saving
+from evokernels.evolution.settings import RunSettings
+from evokernels.evolution.trial import Purpose, Trial
+from evokernels.genome import Genome
+from evokernels.search.racing import Bar, SeedModel, corrected_mean, next_bar
+from evokernels.search.score import Score, Status
+
+__all__ = ["Rounds"]
+
+
+class Runner:
+    """An optimizer of a generation: the runs that it has, seed by seed, then task by task."""
+
+    def __init__(self, key: str, place: int, genome: Genome) -> None:
+        self.key = key
+        self.place = place  # of the first genome of the generation that is this optimizer
+        self.genome = genome
+        self.runs: dict[int, dict[str, Entry]] = {}
+
+    @property
+    def scores(self) -> dict[int, float]:
+        """Its score with each seed: the mean over the tasks."""
+        return {
+            seed: statistics.fmean(entry.outcome.fitness for entry in by_task.values())
+            for seed, by_task in self.runs.items()
+        }
+
+    @property
+    def by_task(self) -> dict[str, list[Entry]]:
+        """Its runs the other way round."""
+        tasks = next(iter(self.runs.values()))
+        return {task: [by_task[task] for by_task in self.runs.values()] for task in tasks}
+
+    @property
+    def score(self) -> Score:
+        """The mean over its seeds, then over the tasks."""
+        return genome_score(
+            {
+                task: [(entry.outcome.fitness, entry.outcome.status) for entry in entries]
+                for task, entries in self.by_task.items()
+            }
+        )
+
+
+class Rounds:
+    """Evaluates generations, which must come in order from the first."""
+
+    def __init__(self, settings: RunSettings, evaluations: Evaluations) -> None:
+        self._settings = settings
+        self._evaluations = evaluations
+        self._seeds_of: dict[str, list[int]] = {}  # of each key, those it was trained with so far
+        self._bar: Bar | None = None
+
+    def run(
+        self, number: int, genomes: Sequence[Genome], still_to_come: int, note: str
+    ) -> list[Result]:
+        """The results of generation ``number``, in the order of its genomes; all in the journal."""
+        keys = [canonical_key(genome) for genome in genomes]
+        journal = self._evaluations.journal
+        journal.begin_generation(number, list(zip(keys, genomes, strict=True)))
+        runners: dict[str, Runner] = {}
+        for place, (key, genome) in enumerate(zip(keys, genomes, strict=True)):
+            runners.setdefault(key, Runner(key, place, genome))
+        seeds = self._settings.training_seeds(number)
+        trained = self._train(number, list(runners.values()), seeds, still_to_come, note)
+
+        model = SeedModel.of(complete_scores(runners.values(), seeds))
+        scores = {key: told(runner, seeds, model) for key, runner in runners.items()}
+        results = []
+        savings: list[Saving] = []
+        for place, key in enumerate(keys):
+            runner = runners[key]
+            own = trained[key] if place == runner.place else []
+            without = savings_of(place, runner, [seed for seed in seeds if seed not in own])
+            savings += without
+            results.append(Result(runner.by_task, scores[key], own, without))
+        if self._settings.race:
+            self._bar = next_bar([result.score for result in results], model)
+        journal.end_generation(number, [result.score for result in results], savings)
+        return results
+
+    def _train(
+        self,
+        number: int,
+        runners: Sequence[Runner],
+        seeds: Sequence[int],
+        still_to_come: int,
+        note: str,
+    ) -> dict[str, list[int]]:
+        """Train with one seed after the other; of each key, the seeds it was trained with here."""
+        tasks = self._settings.tasks
+        trained: dict[str, list[int]] = {runner.key: [] for runner in runners}
+        before: dict[str, Score] = {}
+        for runner in runners:
+            for seed in self._seeds_of.setdefault(runner.key, []):
+                self._look_up(runner, seed)
+            if runner.runs:
+                before[runner.key] = runner.score
+        racing = list(runners)
+        for position, seed in enumerate(seeds):
+            due = [runner for runner in racing if seed not in runner.runs]
+            later = sum(
+                other not in runner.runs for runner in racing for other in seeds[position + 1 :]
+            )
+            self._evaluations.make(
+                [
+                    Request(Trial(runner.genome, task, seed), runner.key, number, runner.place)
+                    for runner in due
+                    for task in tasks
+                ],
+                still_to_come + later * len(tasks),
+                note,
+            )
+            for runner in due:
+                self._look_up(runner, seed)
+                self._seeds_of[runner.key].append(seed)
+                trained[runner.key].append(seed)
+            admits = self._judge(runners, before, seeds[: position + 1])
+            racing = [runner for runner in racing if admits(runner)]
+        return trained
+
+    def _look_up(self, runner: Runner, seed: int) -> None:
+        runner.runs[seed] = {
+            task: self._evaluations.entry(runner.key, task, seed, Purpose.SEARCH)
+            for task in self._settings.tasks
+        }
+
+    def _judge(
+        self, runners: Sequence[Runner], before: dict[str, Score], seeds: Sequence[int]
+    ) -> Callable[[Runner], bool]:
+        """Who is trained with the next seed after ``seeds``."""
+        bar = self._bar
+        if bar is None:
+            return lambda runner: True
+        if self._settings.rotate_seeds:
+            # The last generation had other seeds. What these do is seen in the genomes that stayed.
+            stayed = [
+                runner
+                for runner in runners
+                if runner.key in before
+                and runner.score.status is Status.OK
+                and runner.runs.keys() >= set(seeds)
+            ]
+            if not stayed:
+                return lambda runner: True
+            effects = {
+                seed: statistics.fmean(
+                    runner.scores[seed] - before[runner.key].fitness for runner in stayed
+                )
+                for seed in seeds
+            }
+            bar = dataclasses.replace(bar, effects=effects)
+        return lambda runner: bar.admits(runner.scores)
+
+
+def complete_scores(runners: Sequence[Runner], seeds: Sequence[int]) -> list[dict[int, float]]:
+    """The scores with these seeds of all that have them and were neither stopped nor failed."""
+    return [
+        {seed: runner.scores[seed] for seed in seeds}
+        for runner in runners
+        if runner.score.status is Status.OK and runner.runs.keys() >= set(seeds)
+    ]
+
+
+def told(runner: Runner, seeds: Sequence[int], model: SeedModel | None) -> Score:
+    """What the search is told: the mean; where seeds are missing, without what the others do."""
+    score = runner.score
+    if model is None or runner.runs.keys() >= set(seeds):
+        return score
+    return dataclasses.replace(score, fitness=corrected_mean(runner.scores, model.effects))
+
+
+def savings_of(place: int, runner: Runner, seeds: Sequence[int]) -> list[Saving]:
+    """The runs that the genome at ``place`` did without, of these seeds."""
+    first = next(iter(runner.runs.values()))
+    return [
+        Saving(place, runner.key, task, seed, rule, runs[task].outcome.steps)
+        for seed in seeds
+        for rule, runs in [("cache", runner.runs[seed]) if seed in runner.runs else ("race", first)]
+        for task in runs
+    ]

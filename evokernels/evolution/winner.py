@@ -1,0 +1,137 @@
+"""Which genome a run ends with, and how much of its fitness is luck.
+
+The best of many noisy scores is better on paper than in truth. So the finalists are trained again
+on seeds that the search has not seen before one of them is the winner, and the winner's fitness on
+yet other seeds is put beside the one that selected it.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import statistics
+from collections.abc import Sequence
+
+from evokernels.compiler.canonical import canonical_key
+from evokernels.evolution.comparison import Estimate
+from evokernels.evolution.evaluations import Evaluations, Request
+from evokernels.evolution.fitness import genome_score
+from evokernels.evolution.settings import RunSettings
+from evokernels.evolution.trial import Outcome, Purpose, Trial
+from evokernels.genome import Genome
+from evokernels.search.genetic import Scored
+from evokernels.search.score import Score
+
+__all__ = ["Winner", "choose_winner", "measure_winner", "winner_csv"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Winner:
+    """How the winner does on fresh seeds.
+
+    Attributes:
+        selected: its fitness on the seeds and the split that selected it.
+        fresh: its fitness on the same split with fresh seeds.
+        test: its fitness on the test split with the same fresh seeds.
+    """
+
+    selected: float
+    fresh: Estimate
+    test: Estimate
+
+    @property
+    def bias(self) -> Estimate:
+        """How far selection has overestimated it; the error is that of `fresh`."""
+        return Estimate(self.selected - self.fresh.mean, self.fresh.error)
+
+
+def choose_winner(
+    settings: RunSettings,
+    evaluations: Evaluations,
+    best: Scored,
+    last: Sequence[Scored],
+    still_to_come: int,
+) -> Scored:
+    """The finalist with the best mean on the final seeds, with the score that the search was told.
+
+    Args:
+        best: the best genome of the search.
+        last: the last generation.
+        still_to_come: as in `Evaluations.make`.
+    """
+    if settings.finalists == 1:
+        return best
+    ranked = sorted(last, key=lambda scored: scored.score.rank, reverse=True)
+    finalists: dict[str, Scored] = {}
+    for scored in (best, *ranked):
+        finalists.setdefault(canonical_key(scored.genome), scored)
+    chosen = dict(list(finalists.items())[: settings.finalists])
+
+    def trial(scored: Scored, task: str, seed: int) -> Trial:
+        return Trial(scored.genome, task, seed, Purpose.AUDIT)
+
+    evaluations.make(
+        [
+            Request(trial(scored, task, seed), key)
+            for key, scored in chosen.items()
+            for task in settings.tasks
+            for seed in settings.final_seeds
+        ],
+        still_to_come,
+        "finalists",
+    )
+
+    def final_score(scored: Scored) -> Score:
+        outcomes = {
+            task: [evaluations.outcome(trial(scored, task, seed)) for seed in settings.final_seeds]
+            for task in settings.tasks
+        }
+        return genome_score(
+            {
+                task: [(outcome.fitness, outcome.status) for outcome in of_task]
+                for task, of_task in outcomes.items()
+            }
+        )
+
+    # of equals the one that the search ranks higher
+    return max(chosen.values(), key=lambda scored: final_score(scored).rank)
+
+
+def measure_winner(settings: RunSettings, evaluations: Evaluations, winner: Scored) -> Winner:
+    """From the runs of the comparison, which must have been made."""
+
+    def estimate(genome: Genome, worth: str) -> Estimate:
+        def of_seed(seed: int) -> float:
+            outcomes: list[Outcome] = [
+                evaluations.outcome(Trial(genome, task, seed, Purpose.REPORT))
+                for task in settings.tasks
+            ]
+            return statistics.fmean(getattr(outcome, worth) for outcome in outcomes)
+
+        return Estimate.of(map(of_seed, settings.fresh_seeds))
+
+    return Winner(
+        winner.score.fitness,
+        estimate(winner.genome, "fitness"),
+        estimate(winner.genome, "test_fitness"),
+    )
+
+
+def winner_csv(winner: Winner, settings: RunSettings) -> str:
+    """One line: the split and the fitness that selected, what fresh seeds say, and the bias."""
+    row = {
+        "split": settings.selection_split,
+        "selected_fitness": winner.selected,
+        "fresh_seeds": len(settings.fresh_seeds),
+        "fresh_fitness": winner.fresh.mean,
+        "fresh_error": winner.fresh.error,
+        "selection_bias": winner.bias.mean,
+        "bias_error": winner.bias.error,
+        "test_fitness": winner.test.mean,
+        "test_error": winner.test.error,
+    }
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows((row.keys(), row.values()))
+    return text.getvalue()
