@@ -18,6 +18,7 @@ __all__ = [
     "add_precision",
     "exit_code",
     "markdown",
+    "resolved_precision",
     "worker_count",
 ]
 
