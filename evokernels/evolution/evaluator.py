@@ -12,8 +12,9 @@ import time
 
 import torch
 
-from evokernels.evolution.devices import CudaGraph, find_device, reproducible
+from evokernels.evolution.devices import CudaGraph, find_device, keep_memory, reproducible
 from evokernels.evolution.fitness import DIVERGED_FITNESS, diverged, final_loss, run_fitness
+from evokernels.evolution.precision import computing
 from evokernels.evolution.training import LAYOUT, train, train_on_device
 from evokernels.evolution.trial import Conditions, Outcome, Trial
 from evokernels.optim import FusedEvolvedOptimizer
@@ -54,8 +55,10 @@ def evaluate(trial: Trial, conditions: Conditions, data: ImageData, device: str 
     start = time.perf_counter()
     place = find_device(device)
     images = _copy(data, place)
+    keep_memory()
     with reproducible(place, trial.seed):  # initial weights, then dropout
         model = get_task(trial.task).model().to(device=place, memory_format=LAYOUT)
+        model = computing(model, place, conditions.precision)
         losses = _train(model, trial, conditions, images)
         if diverged(losses[-1]):
             accuracy = loss = None

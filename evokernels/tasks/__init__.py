@@ -9,15 +9,18 @@ from evokernels.tasks.batches import (
     training_batches,
 )
 from evokernels.tasks.datasets import ImageData, load_images
-from evokernels.tasks.models import CifarCNN, SmallCNN
+from evokernels.tasks.layers import NativeNetwork
+from evokernels.tasks.models import CifarCNN, ConvNet, SmallCNN
 from evokernels.tasks.registry import TASKS, Task, get_task
 
 __all__ = [
     "TASKS",
     "Batches",
     "CifarCNN",
+    "ConvNet",
     "Draw",
     "ImageData",
+    "NativeNetwork",
     "SmallCNN",
     "Task",
     "draw_batches",
