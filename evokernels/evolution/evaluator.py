@@ -11,8 +11,9 @@ import time
 
 import torch
 
-from evokernels.evolution.devices import CudaGraph, find_device, reproducible
+from evokernels.evolution.devices import CudaGraph, find_device, keep_memory, reproducible
 from evokernels.evolution.fitness import DIVERGED_FITNESS, Hurdle, diverged, final_loss, run_fitness
+from evokernels.evolution.precision import computing
 from evokernels.evolution.training import LAYOUT, logits, train, train_on_device
 from evokernels.evolution.trial import Conditions, Outcome, Purpose, Trial
 from evokernels.optim import FusedEvolvedOptimizer
@@ -60,8 +61,10 @@ def evaluate(trial: Trial, conditions: Conditions, data: TaskData, device: str =
     hurdle = Hurdle(data.classes) if stops else None
     selection = "validation" if conditions.validation_samples else "test"
     accuracy = loss = test_accuracy = None
+    keep_memory()
     with reproducible(place, trial.seed):  # initial weights, then dropout
         model = get_task(trial.task).model(data.classes).to(device=place, memory_format=LAYOUT)
+        model = computing(model, place, conditions.precision)
         losses = _train(model, trial, conditions, copied, hurdle)
         if diverged(losses[-1]):
             status, fitness, steps = Status.DIVERGED, DIVERGED_FITNESS, len(losses) - 1
