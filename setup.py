@@ -43,7 +43,9 @@ class BuildKernels(build_ext):
 
 native = Extension(
     "evokernels.kernels.libevokernels",
-    sources=["csrc/runtime.c", "csrc/staging.c", "csrc/random.c", "csrc/squares.c", "csrc/look.c"],
+    sources=[
+        f"csrc/{name}.c" for name in ("runtime", "staging", "random", "squares", "look", "layers")
+    ],
     depends=sorted(glob.glob("csrc/*.h") + glob.glob("evokernels/compiler/*.py")),
     include_dirs=["csrc"],
     libraries=["m"],

@@ -7,10 +7,11 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
-import torch
 from tqdm import tqdm
 
 from evokernels.errors import EvokernelsError
+from evokernels.evolution.devices import find_device
+from evokernels.evolution.precision import PRECISIONS, best_precision
 
 __all__ = [
     "Bar",
@@ -56,19 +57,15 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
     """``--precision``, for `resolved_precision`."""
     parser.add_argument(
         "--precision",
-        choices=("auto", "float32", "bfloat16"),
+        choices=("auto", *PRECISIONS),
         default="auto",
-        help="of matrix products and convolutions; weights, moments and updates are float32. "
-        "auto: bfloat16 where the processor has instructions for it",
+        help="of the networks' arithmetic; auto: the faster one on this processor (auto)",
     )
 
 
 def resolved_precision(name: str, device: str) -> str:
-    """``--precision`` as `Conditions` have it; "auto" depends on device and processor alone."""
-    if name != "auto":
-        return name
-    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return "bfloat16" if fast and device == "cpu" else "float32"
+    """``--precision`` as `Conditions` have it."""
+    return best_precision(find_device(device))[0] if name == "auto" else name
 
 
 def positive(text: str) -> int:

@@ -11,7 +11,14 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from commandline import Bar, add_machine_options, exit_code, worker_count
+from commandline import (
+    Bar,
+    add_machine_options,
+    add_precision,
+    exit_code,
+    resolved_precision,
+    worker_count,
+)
 
 from evokernels.compiler.describe import formula
 from evokernels.evolution import report
@@ -136,12 +143,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="the protocol of the source system: the test split selects, and nothing is stopped "
         "early; options given beside it still hold",
     )
-    parser.add_argument(
-        "--precision",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="of the networks' arithmetic; auto: the faster one on this processor (auto)",
-    )
+    add_precision(parser)
     parser.add_argument(
         "--audit",
         type=int,
@@ -171,14 +173,10 @@ def chosen_settings(options: argparse.Namespace) -> RunSettings:
     if options.parity:
         values.update(PARITY)
     given = {name: getattr(options, name, None) for name in values}
-    given["precision"] = resolved_precision(options.precision)
+    device = options.device or values["device"]
+    given["precision"] = resolved_precision(options.precision, device)
     values.update((name, value) for name, value in given.items() if value is not None)
     return RunSettings.from_dict(values)
-
-
-def resolved_precision(name: str) -> str:
-    """ "float32" or "bfloat16" for what was asked for."""
-    return "float32" if name == "auto" else name
 
 
 def run(options: argparse.Namespace) -> None:

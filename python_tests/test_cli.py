@@ -23,7 +23,8 @@ from evokernels.evolution.journal import JOURNAL
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = (
     *("--population", "4", "--generations", "3", "--elites", "1", "--tournament", "2"),
-    *("--steps", "2", "--train-samples", "64", "--batch-size", "32", "--comparison-seeds", "1"),
+    *("--steps", "2", "--train-samples", "64", "--validation-samples", "64"),
+    *("--batch-size", "32", "--comparison-seeds", "1"),
 )
 DEADLINE = 60  # seconds until a step of a test counts as hung
 
@@ -44,24 +45,52 @@ def command(monkeypatch, capsys):
 # Settings
 
 
-def test_the_paper_preset_is_the_configuration_of_the_source_system(monkeypatch):
+# the source system: its README, section 3, and the defaults of its notebook
+SOURCE_SYSTEM = {
+    "population": 50,
+    "generations": 50,
+    "elites": 3,
+    "tournament": 4,
+    "max_terms": 4,
+    "run_seed": 42,
+    "tasks": ("fashion_mnist", "cifar10", "mnist"),
+    "seeds": (0, 1),
+    "steps": 500,
+    "batch_size": 128,
+    "train_samples": 15000,
+    "validation_samples": 0,
+    "precision": "float32",
+    "hurdle": False,
+    "comparison_seeds": 3,
+    "threads": 1,
+    "device": "cpu",
+    "race": False,
+    "rotate_seeds": False,
+    "finalists": 1,
+    "plateau": 0,
+}
+HONEST = {"validation_samples": 5000, "hurdle": True, "race": True, "finalists": 3}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changed"),
+    [
+        (["--parity"], {}),
+        ([], HONEST),
+        (["--no-race", "--no-hurdle"], {**HONEST, "race": False, "hurdle": False}),
+        (["--parity", "--race"], {"race": True}),
+        (["--rotate-seeds", "--plateau", "5"], {**HONEST, "rotate_seeds": True, "plateau": 5}),
+        (["--precision", "bfloat16"], {**HONEST, "precision": "bfloat16"}),
+    ],
+)
+def test_the_paper_preset_is_the_source_system_or_selects_honestly(monkeypatch, arguments, changed):
     monkeypatch.syspath_prepend(ROOT / "bench")
-    assert importlib.import_module("evolve").PRESETS["paper"].to_dict() == {
-        "population": 50,
-        "generations": 50,
-        "elites": 3,
-        "tournament": 4,
-        "max_terms": 4,
-        "run_seed": 42,
-        "tasks": ("fashion_mnist", "cifar10", "mnist"),
-        "seeds": (0, 1),
-        "steps": 500,
-        "batch_size": 128,
-        "train_samples": 15000,
-        "comparison_seeds": 3,
-        "threads": 1,
-        "device": "cpu",
-    }
+    evolve = importlib.import_module("evolve")
+    precision = ["--precision", "float32"] if "--precision" not in arguments else []
+    options = evolve.parse(["--preset", "paper", *precision, *arguments])
+    settings = evolve.chosen_settings(options)
+    assert settings.to_dict() == {**SOURCE_SYSTEM, **changed}
+    assert settings.parity == (not changed)
 
 
 def test_help_names_every_setting(command, capsys):
@@ -72,9 +101,12 @@ def test_help_names_every_setting(command, capsys):
     for option in (
         *("population", "generations", "elites", "tournament", "max-terms", "run-seed", "tasks"),
         *("seeds", "steps", "batch-size", "train-samples", "comparison-seeds", "threads"),
+        *("validation-samples", "finalists", "plateau", "precision", "audit", "parity"),
         *("device", "preset", "out", "data-dir", "workers"),
     ):
         assert f"--{option} " in text
+    for switch in ("hurdle", "race", "rotate-seeds"):
+        assert f"--{switch}, --no-{switch}" in text
 
 
 def test_options_override_the_preset(monkeypatch):
@@ -383,19 +415,15 @@ def test_compare_all_is_every_name_once(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "amx", "avx", "device", "expected"),
+    ("given", "device", "expected"),
     [
-        ("auto", False, False, "cpu", "float32"),
-        ("auto", True, False, "cpu", "bfloat16"),
-        ("auto", False, True, "cpu", "bfloat16"),
-        ("auto", True, True, "cuda", "float32"),
-        ("float32", True, True, "cpu", "float32"),
-        ("bfloat16", False, False, "cpu", "bfloat16"),
+        ("auto", "cpu", "the best"),
+        ("float32", "cpu", "float32"),
+        ("bfloat16", "cpu", "bfloat16"),
     ],
 )
-def test_auto_is_the_precision_of_the_processor(monkeypatch, given, amx, avx, device, expected):
+def test_auto_is_the_best_precision(monkeypatch, given, device, expected):
     monkeypatch.syspath_prepend(ROOT / "bench")
-    resolved_precision = importlib.import_module("commandline").resolved_precision
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
-    assert resolved_precision(given, device) == expected
+    commandline = importlib.import_module("commandline")
+    monkeypatch.setattr(commandline, "best_precision", lambda place: ("the best", "because"))
+    assert commandline.resolved_precision(given, device) == expected

@@ -16,14 +16,14 @@ from evokernels import zoo
 from evokernels.compiler.canonical import canonical_key
 from evokernels.errors import DatasetError, JournalError, SettingsError
 from evokernels.evolution import evaluator, pool
-from evokernels.evolution.evaluator import evaluate
+from evokernels.evolution.evaluator import EVALUATION_VERSION, evaluate
 from evokernels.evolution.fitness import diverged, final_loss, genome_score, run_fitness
 from evokernels.evolution.journal import JOURNAL, Entry, open_journal
 from evokernels.evolution.pool import open_pool
 from evokernels.evolution.report import FILES, history_csv
 from evokernels.evolution.run import evolve
 from evokernels.evolution.settings import RunSettings
-from evokernels.evolution.trial import Conditions, Outcome, Trial
+from evokernels.evolution.trial import Conditions, Outcome, Purpose, Trial
 from evokernels.genome import Genome
 from evokernels.search.genetic import GeneticConfig
 from evokernels.search.score import Status
@@ -177,7 +177,7 @@ class FakeTraining:
 def training(monkeypatch):
     fake = FakeTraining()
     monkeypatch.setattr(pool, "evaluate", fake)
-    monkeypatch.setattr(pool, "_images", lambda *args: None)
+    monkeypatch.setattr(pool, "_data", lambda *args: None)
     return fake
 
 
@@ -312,12 +312,6 @@ def test_settings_survive_the_journal(one_cuda_device):
         assert RunSettings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
 
 
-def test_settings_without_a_device_mean_the_cpu():
-    settings = SETTINGS.to_dict()
-    del settings["device"]
-    assert RunSettings.from_dict(settings) == SETTINGS
-
-
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_training_of_a_run_is_on_its_device(training, tmp_path, one_cuda_device, device):
     evolve(dataclasses.replace(SETTINGS, device=device), tmp_path)
@@ -338,6 +332,11 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "lock"}
 
 
+def recorded(settings):
+    """What the journal keeps of them."""
+    return {**settings.to_dict(), "evaluation_version": EVALUATION_VERSION}
+
+
 def assert_refused(folder, match, settings=SETTINGS):
     before = contents(folder)
     with pytest.raises(JournalError, match=match) as caught:
@@ -351,23 +350,6 @@ def test_a_run_with_other_settings_is_refused_naming_them(complete):
         SETTINGS, seeds=(0,), search=dataclasses.replace(SETTINGS.search, population=7)
     )
     assert_refused(complete, r"population 6 \(now 7\), seeds \[0, 1\] \(now \[0\]\)", other)
-
-
-def without_device(folder):
-    """Makes the journal one of the first releases, whose settings have no device."""
-    with sqlite3.connect(folder / JOURNAL) as journal:
-        (text,) = journal.execute("SELECT settings FROM run").fetchone()
-        settings = json.loads(text)
-        del settings["device"]
-        journal.execute("UPDATE run SET settings = ?", [json.dumps(settings)])
-    journal.close()
-
-
-def test_a_journal_without_a_device_is_one_of_the_cpu(complete, one_cuda_device):
-    without_device(complete)
-    assert evolve(SETTINGS, complete).evaluations == 0
-    other = dataclasses.replace(SETTINGS, device="cuda:0")
-    assert_refused(complete, r'other settings: device "cpu" \(now "cuda:0"\);', other)
 
 
 def test_a_run_without_evaluations_takes_other_settings(training, tmp_path):
@@ -405,9 +387,9 @@ def test_a_foreign_database_is_refused(tmp_path):
 
 def test_a_newer_schema_is_refused(complete):
     connection = sqlite3.connect(complete / JOURNAL)
-    connection.execute("PRAGMA user_version = 2")
+    connection.execute("PRAGMA user_version = 3")
     connection.close()
-    assert_refused(complete, "schema version 2, this release reads 1")
+    assert_refused(complete, "schema version 3, this release reads 2")
 
 
 def test_a_folder_with_other_things_is_refused(tmp_path):
@@ -425,7 +407,7 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
 
 def test_a_second_process_is_refused(complete):
     # flock belongs to the open file, so a second open in one process conflicts like another process
-    with open_journal(complete, SETTINGS.to_dict()):
+    with open_journal(complete, recorded(SETTINGS)):
         assert_refused(complete, r"in use by process \d+")
     evolve(SETTINGS, complete)
 
@@ -441,7 +423,7 @@ def test_other_images_under_the_same_name_are_refused(training, tmp_path):
     with pytest.raises(Killed):
         evolve(SETTINGS, tmp_path)
     training.fails_at, training.images = None, "other digest"
-    with pytest.raises(JournalError, match=r"images of .* are not those"):
+    with pytest.raises(JournalError, match=r"data of .* are not those"):
         evolve(SETTINGS, tmp_path)
 
 
@@ -452,14 +434,15 @@ def test_a_journal_of_another_search_is_refused(complete, monkeypatch):
 
 
 def test_an_entry_comes_back_as_it_was(tmp_path):
-    trial = Trial(zoo.evolved_2025, MINI, 7)
-    outcome = Outcome(Status.OK, 0.1 + 0.2, 1 / 3, 1e-17, 500, 1.25, "digest")
+    trial = Trial(zoo.evolved_2025, MINI, 7, Purpose.REPORT)
+    outcome = Outcome(Status.OK, 0.1 + 0.2, 1 / 3, 1e-17, 500, 1.25, "digest", 0.7)
     entry = Entry(3, 4, canonical_key(trial.optimizer), trial, outcome)
     with open_journal(tmp_path, {}) as journal:
         journal.add(entry)
     with open_journal(tmp_path, {}) as journal:
-        assert journal.find(entry.key, MINI, 7) == entry
-        assert journal.find(entry.key, MINI, 8) is None
+        assert journal.find(entry.key, MINI, 7, Purpose.REPORT) == entry
+        assert journal.find(entry.key, MINI, 8, Purpose.REPORT) is None
+        assert journal.find(entry.key, MINI, 7, Purpose.SEARCH) is None
         assert len(journal) == 1
 
 

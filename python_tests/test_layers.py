@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "kernels": {"compiler", "errors", "numpy", "torch", "triton", "cuda"},
     "optim": {"kernels", "compiler", "genome", "errors", "numpy", "torch"},
     "explain": {"kernels", "compiler", "genome", "errors", "torch"},
-    "tasks": {"errors", "numpy", "torch", "torchvision"},
+    "tasks": {"kernels", "errors", "numpy", "torch", "torchvision"},
     "search": {"genome", "errors", "zoo", "numpy"},
     "evolution": {
         *("search", "optim", "tasks", "compiler", "genome", "zoo", "errors"),

@@ -105,7 +105,7 @@ def scripted(trial, conditions, data, device):
 class Scripted(Evaluation):
     """An evaluation as it is, but for the data, which are the path of a file, and the training."""
 
-    def _images(self, trial):
+    def _data(self, trial):
         return None
 
     def prepare(self, trial):
@@ -205,7 +205,7 @@ def test_errors_in_this_process_are_the_same(scripted_here):
 
 
 def test_running_out_of_memory_while_data_are_loaded_is_the_trials(monkeypatch):
-    monkeypatch.setattr(pool, "load_images", lambda *args: fail(MemoryError()))
+    monkeypatch.setattr(pool, "_data", lambda *args: fail(MemoryError()))
     evaluation = Evaluation(CONDITIONS, 1, "cpu", "/no/such/folder")
     trial = Trial(zoo.adam, MINI, 0)
     evaluation.prepare(trial)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
+import platform
 import re
 from collections.abc import Callable, Iterator
 
@@ -11,7 +13,10 @@ import torch
 
 from evokernels.errors import SettingsError
 
-__all__ = ["CudaGraph", "find_device", "reproducible"]
+__all__ = ["CudaGraph", "find_device", "keep_memory", "reproducible"]
+
+# Of glibc's mallopt, see its manual page.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def find_device(name: str) -> torch.device:
@@ -35,6 +40,20 @@ def find_device(name: str) -> torch.device:
         listed = ", ".join(f"cuda:{i}" for i in range(found))
         raise SettingsError(f"device is {name!r}, but there is {listed} here; use that or cpu")
     return torch.device("cuda", index)
+
+
+@functools.cache  # once a process
+def keep_memory() -> None:
+    """Have this process keep the memory of a training step for the next one.
+
+    glibc hands large blocks back to the system when they are freed, so that every page of all
+    activations is asked for, and cleared, in every step. Does nothing with another C library.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that every glibc takes
+    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 @contextlib.contextmanager

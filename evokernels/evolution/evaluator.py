@@ -11,9 +11,10 @@ import time
 
 import torch
 
-from evokernels.evolution.baselines import Baseline, build_optimizer
-from evokernels.evolution.devices import CudaGraph, find_device, reproducible
+from evokernels.evolution.baselines import Baseline, build_optimizer, hessian_passes
+from evokernels.evolution.devices import CudaGraph, find_device, keep_memory, reproducible
 from evokernels.evolution.fitness import DIVERGED_FITNESS, Hurdle, diverged, final_loss, run_fitness
+from evokernels.evolution.precision import computing
 from evokernels.evolution.training import LAYOUT, logits, train, train_on_device
 from evokernels.evolution.trial import Conditions, Outcome, Purpose, Trial
 from evokernels.search.score import Status
@@ -60,8 +61,11 @@ def evaluate(trial: Trial, conditions: Conditions, data: TaskData, device: str =
     hurdle = Hurdle(data.classes) if stops else None
     selection = "validation" if conditions.validation_samples else "test"
     accuracy = loss = test_accuracy = None
+    keep_memory()
     with reproducible(place, trial.seed):  # initial weights, then dropout
         model = get_task(trial.task).model(data.classes).to(device=place, memory_format=LAYOUT)
+        twice = hessian_passes(trial.optimizer, conditions.steps) > 0
+        model = computing(model, place, conditions.precision, plain=twice)
         losses = _train(model, trial, conditions, copied, hurdle)
         if diverged(losses[-1]):
             status, fitness, steps = Status.DIVERGED, DIVERGED_FITNESS, len(losses) - 1

@@ -312,6 +312,11 @@ def _check(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
         (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
         if verdict != "ok":
             raise sqlite3.DatabaseError(" ".join(verdict.split()))
+        # what lies inside a value is not SQLite's to check
+        for row in connection.execute(f"SELECT {COLUMNS} FROM evaluation"):
+            _entry(row)
+        for (genome,) in connection.execute("SELECT genome FROM candidate"):
+            Genome.from_json(genome)
         (text,) = connection.execute("SELECT settings FROM run").fetchone()
         (evaluations,) = connection.execute("SELECT count(*) FROM evaluation").fetchone()
     if not evaluations:

@@ -3,7 +3,8 @@
 from evokernels.tasks.batches import Batches, Draw, TaskData, stack_draws, training_batches
 from evokernels.tasks.datasets import load_images
 from evokernels.tasks.images import ImageData
-from evokernels.tasks.models import CifarCNN, SmallCNN
+from evokernels.tasks.layers import NativeNetwork
+from evokernels.tasks.models import CifarCNN, ConvNet, SmallCNN
 from evokernels.tasks.registry import TASKS, Task, get_task
 from evokernels.tasks.texts import TextData, load_text
 from evokernels.tasks.transformer import CharTransformer
@@ -13,8 +14,10 @@ __all__ = [
     "Batches",
     "CharTransformer",
     "CifarCNN",
+    "ConvNet",
     "Draw",
     "ImageData",
+    "NativeNetwork",
     "SmallCNN",
     "Task",
     "TaskData",

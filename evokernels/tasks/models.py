@@ -1,14 +1,25 @@
-"""The two small networks of the source system; both return logits (N, 10) float32."""
+"""The two small networks of the source system."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-__all__ = ["CifarCNN", "SmallCNN"]
+__all__ = ["CifarCNN", "ConvNet", "SmallCNN"]
 
 
-class SmallCNN(nn.Module):
+class ConvNet(nn.Module):
+    """A network for images in two parts, both of modules in a row."""
+
+    features: nn.Sequential
+    classifier: nn.Sequential
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (N, 10) of normalised images (N, C, H, W)."""
+        return self.classifier(self.features(x))
+
+
+class SmallCNN(ConvNet):
     """For grey images (N, 1, 28, 28); 824,458 parameters."""
 
     def __init__(self, classes: int = 10) -> None:
@@ -29,12 +40,8 @@ class SmallCNN(nn.Module):
             nn.Linear(256, classes),
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (N, 10) of normalised images (N, 1, 28, 28)."""
-        return self.classifier(self.features(x))
 
-
-class CifarCNN(nn.Module):
+class CifarCNN(ConvNet):
     """For colour images (N, 3, 32, 32); 2,168,554 parameters.
 
     The source system says that there is one batch norm in each block, not where: here it follows
@@ -51,10 +58,6 @@ class CifarCNN(nn.Module):
             nn.Dropout(0.5),
             nn.Linear(512, classes),
         )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (N, 10) of normalised images (N, 3, 32, 32)."""
-        return self.classifier(self.features(x))
 
 
 def _block(channels_in: int, channels: int) -> list[nn.Module]:

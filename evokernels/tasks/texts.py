@@ -185,4 +185,4 @@ def _classes(text: str) -> tuple[torch.Tensor, int]:
     present = np.count_nonzero(counts)
     table = np.zeros(CODE_POINTS, np.uint8)
     table[by_frequency[:present]] = np.minimum(np.arange(present), MOST_CLASSES - 1)
-    return torch.from_numpy(table[points]), min(present, MOST_CLASSES)
+    return torch.from_numpy(table[points]), min(int(present), MOST_CLASSES)

@@ -1,0 +1,313 @@
+"""The two networks on a CPU: what lies between their products, read once and written once.
+
+`NativeNetwork` runs a network of torch's modules through csrc/layers.h: relu, pooling and dropout
+are one operation, batch norm and relu another one. Convolutions and matrix products are torch's.
+The modules hold parameters and statistics as ever; nothing about them changes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from evokernels.errors import BackendError
+from evokernels.kernels import native
+from evokernels.tasks.models import ConvNet
+
+__all__ = ["NativeNetwork"]
+
+NORM_ROWS = 256  # EVK_NORM_ROWS
+RANDOM_STEPS = 2**16  # of the 16 random bits of an element
+
+
+class Images(ctypes.Structure):
+    """evk_images."""
+
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("images", "height", "width", "channels"))
+
+
+class Dropout(ctypes.Structure):
+    """evk_dropout."""
+
+    _fields_ = (
+        ("seed", ctypes.c_uint64),
+        ("threshold", ctypes.c_uint32),
+        ("scale", ctypes.c_float),
+    )
+
+    @classmethod
+    def of(cls, module: nn.Dropout | None) -> Dropout:
+        """Of a module as it is now, with a seed from torch's default generator.
+
+        The probability is that of the module, rounded to a multiple of 2**-16; what is kept is
+        scaled by what makes the mean exact.
+        """
+        if module is None or not module.training:
+            return cls(0, 0, 1.0)
+        threshold = round(module.p * RANDOM_STEPS)
+        seed = int(torch.empty((), dtype=torch.int64).random_())
+        return cls(seed, threshold, RANDOM_STEPS / (RANDOM_STEPS - threshold))
+
+
+class Norm(ctypes.Structure):
+    """evk_norm."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "mean", "variance")),
+        ("momentum", ctypes.c_float),
+        ("epsilon", ctypes.c_float),
+    )
+
+
+class NativeNetwork(nn.Module):
+    """A network whose forward and backward pass go through the native library.
+
+    Parameters, buffers and training mode are those of ``network``, float32; gradients are float32
+    and can be taken once (no second derivatives).
+
+    Args:
+        network: of convolutions (3×3, padded by 1), batch norms, relu, pooling (2×2), dropout,
+            flattening and linear layers, in an order of which ``PATTERNS`` has all pieces.
+        dtype: float32 or bfloat16: of activations, and of the weights in products.
+
+    Raises:
+        BackendError: the native library does not load, or a layer that it has nothing for.
+    """
+
+    def __init__(self, network: ConvNet, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        native.library()
+        self.network = network
+        self._dtype = dtype
+        self._operations = _operations([*network.features, *network.classifier])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits float32 (N, 10) of images on the CPU."""
+        x = x.to(self._dtype, memory_format=torch.channels_last)
+        for operation in self._operations:
+            x = operation(x)
+        return x.float()
+
+
+Operation = Callable[[torch.Tensor], torch.Tensor]
+Gradients = tuple[torch.Tensor | None, ...]
+
+# Each operation by the modules that it stands for; the first that fits is taken.
+PATTERNS: tuple[tuple[tuple[type[nn.Module], ...], Callable[..., Operation]], ...] = (
+    (
+        (nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Dropout),
+        lambda conv, _relu, _pool, dropout: (
+            lambda x: ConvPool.apply(x, conv.weight, conv.bias, Dropout.of(dropout))
+        ),
+    ),
+    (
+        (nn.Conv2d, nn.ReLU, nn.MaxPool2d),
+        lambda conv, _relu, _pool: (
+            lambda x: ConvPool.apply(x, conv.weight, conv.bias, Dropout.of(None))
+        ),
+    ),
+    (
+        (nn.Conv2d, nn.BatchNorm2d, nn.ReLU),
+        lambda conv, norm, _relu: (
+            lambda x: ConvNorm.apply(x, conv.weight, conv.bias, norm.weight, norm.bias, norm)
+        ),
+    ),
+    ((nn.Flatten,), lambda _flatten: lambda x: x.flatten(1)),
+    (
+        (nn.Linear, nn.ReLU, nn.Dropout),
+        lambda linear, _relu, dropout: (
+            lambda x: LinearReLU.apply(x, linear.weight, linear.bias, Dropout.of(dropout))
+        ),
+    ),
+    (
+        (nn.Linear,),
+        lambda linear: (
+            lambda x: nn.functional.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype))
+        ),
+    ),
+)
+
+
+def _operations(modules: Sequence[nn.Module]) -> list[Operation]:
+    operations = []
+    while modules:
+        for types, operation in PATTERNS:
+            head = modules[: len(types)]
+            if tuple(map(type, head)) == types:
+                operations.append(operation(*head))
+                modules = modules[len(types) :]
+                break
+        else:
+            raise BackendError(
+                f"there is no native operation that begins with {modules[0]}; "
+                "run the network itself"
+            )
+    return operations
+
+
+class ConvPool(torch.autograd.Function):
+    """Convolution, relu, pooling of 2×2 and dropout.
+
+    (N, C, H, W) with weights (K, C, 3, 3) → (N, K, H // 2, W // 2), channels_last.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dropout: Dropout
+    ) -> torch.Tensor:
+        weight = weight.to(x.dtype)
+        full = _convolved(x, weight, bias)
+        images, channels, height, width = full.shape
+        shape = Images(images, height, width, channels)
+        y = _empty_images(full, images, channels, height // 2, width // 2)
+        code = torch.empty(y.numel(), dtype=torch.uint8)
+        native.library().evk_pool(
+            *(full.data_ptr(), y.data_ptr(), code.data_ptr()),
+            *(ctypes.byref(shape), ctypes.byref(dropout), *_format_and_threads(full)),
+        )
+        ctx.save_for_backward(x, weight, code)
+        ctx.shape, ctx.scale = shape, dropout.scale
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> Gradients:
+        x, weight, code = ctx.saved_tensors
+        shape = ctx.shape
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        full = _empty_images(gradient, shape.images, shape.channels, shape.height, shape.width)
+        sums = torch.empty(shape.images, shape.channels)
+        native.library().evk_pool_backward(
+            *(gradient.data_ptr(), code.data_ptr(), full.data_ptr(), sums.data_ptr()),
+            *(ctypes.byref(shape), ctx.scale, *_format_and_threads(gradient)),
+        )
+        return *_convolution_gradients(ctx, full, x, weight), sums.sum(0), None
+
+
+class ConvNorm(torch.autograd.Function):
+    """Convolution, batch norm and relu: (N, C, H, W) → (N, K, H, W), channels_last."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        norm_weight: torch.Tensor,
+        norm_bias: torch.Tensor,
+        norm: nn.BatchNorm2d,
+    ) -> torch.Tensor:
+        weight = weight.to(x.dtype)
+        full = _convolved(x, weight, bias)
+        channels = full.shape[1]
+        rows = full.numel() // channels
+        y = torch.empty_like(full)
+        if norm.training:
+            if rows == 1:
+                raise ValueError("a batch norm needs more than one value a channel to train")
+            saved, sums = torch.empty(4, channels), _room_for_sums(rows, channels)
+            native.library().evk_norm_relu(
+                *(full.data_ptr(), y.data_ptr(), ctypes.byref(_norm(norm)), saved.data_ptr()),
+                *(sums.data_ptr(), rows, channels),
+                *_format_and_threads(full),
+            )
+            norm.num_batches_tracked += 1
+            ctx.save_for_backward(x, weight, full, saved)
+        else:
+            factor = norm_weight * (norm.running_var + norm.eps).rsqrt()
+            summand = norm_bias - norm.running_mean * factor
+            saved = torch.stack([norm.running_mean, factor, factor, summand])
+            native.library().evk_scale_relu(
+                *(full.data_ptr(), y.data_ptr(), saved.data_ptr(), rows, channels),
+                *_format_and_threads(full),
+            )
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> Gradients:
+        x, weight, full, saved = ctx.saved_tensors
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        channels = full.shape[1]
+        rows = full.numel() // channels
+        result = torch.empty_like(full)
+        parameters, sums = torch.empty(2, channels), _room_for_sums(rows, channels)
+        native.library().evk_norm_relu_backward(
+            *(gradient.data_ptr(), full.data_ptr(), saved.data_ptr(), result.data_ptr()),
+            *(parameters.data_ptr(), sums.data_ptr()),
+            *(rows, channels, *_format_and_threads(full)),
+        )
+        # a constant before the norm changes nothing behind it
+        bias = torch.zeros(channels)
+        return *_convolution_gradients(ctx, result, x, weight), bias, *parameters, None
+
+
+class LinearReLU(torch.autograd.Function):
+    """Linear layer, relu and dropout: (N, I) with weights (O, I) → (N, O)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dropout: Dropout
+    ) -> torch.Tensor:
+        weight = weight.to(x.dtype)
+        y = nn.functional.linear(x, weight, bias.to(x.dtype))
+        native.library().evk_relu(
+            y.data_ptr(), y.numel(), ctypes.byref(dropout), *_format_and_threads(y)
+        )
+        ctx.save_for_backward(x, weight, y)
+        ctx.scale = dropout.scale
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> Gradients:
+        x, weight, y = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        before = torch.empty_like(gradient)
+        native.library().evk_relu_backward(
+            *(gradient.data_ptr(), y.data_ptr(), before.data_ptr(), y.numel()),
+            *(ctx.scale, *_format_and_threads(y)),
+        )
+        of_x = before.mm(weight) if ctx.needs_input_grad[0] else None
+        of_bias = before.sum(0, dtype=torch.float32)
+        return of_x, before.t().mm(x).float(), of_bias, None
+
+
+def _convolved(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    full = torch.conv2d(x, weight, bias.to(x.dtype), padding=1)
+    # one channel lies alike in both layouts, and torch chooses the other one
+    return full.contiguous(memory_format=torch.channels_last)
+
+
+def _convolution_gradients(
+    ctx: Any, gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Of x, where anyone asks for it, and of the weights, float32."""
+    of_x, of_weight, _ = torch.ops.aten.convolution_backward(
+        *(gradient, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1),
+        [ctx.needs_input_grad[0], True, False],
+    )
+    return of_x, of_weight.float()
+
+
+def _empty_images(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=like.dtype, memory_format=torch.channels_last)
+
+
+def _room_for_sums(rows: int, channels: int) -> torch.Tensor:
+    return torch.empty(math.ceil(rows / NORM_ROWS), 2, channels)
+
+
+def _norm(norm: nn.BatchNorm2d) -> Norm:
+    tensors = norm.weight, norm.bias, norm.running_mean, norm.running_var
+    return Norm(*(tensor.data_ptr() for tensor in tensors), norm.momentum, norm.eps)
+
+
+def _format_and_threads(tensor: torch.Tensor) -> tuple[int, int]:
+    return native.FORMATS[tensor.dtype], torch.get_num_threads()
