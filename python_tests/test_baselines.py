@@ -28,11 +28,11 @@ from evokernels.evolution.baselines import (
     optimizer_key,
 )
 from evokernels.evolution.evaluator import evaluate
+from evokernels.evolution.precision import PRECISIONS, computing
 from evokernels.evolution.trial import Conditions, Trial
 from evokernels.optim import FusedEvolvedOptimizer
 from evokernels.search.score import Status
-from evokernels.tasks import load_images
-from evokernels.tasks.models import SmallCNN
+from evokernels.tasks import CharTransformer, CifarCNN, SmallCNN, load_images
 
 MINI = "fashion_mnist_mini"
 STEPS = 3
@@ -192,6 +192,32 @@ def test_sophia_counts_its_passes_and_frees_its_graphs(monkeypatch):
     assert len(calls) == 6
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    ("network", "shape"), [(SmallCNN, (2, 1, 28, 28)), (CifarCNN, (2, 3, 32, 32))]
+)
+def test_sophia_trains_every_network_of_images(network, shape, precision):
+    assert_sophia_moves(network(), torch.randn(shape), precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_sophia_trains_the_transformer(precision):
+    assert_sophia_moves(CharTransformer(9), torch.randint(9, (2, 64)), precision)
+
+
+def assert_sophia_moves(network, x, precision):
+    """All parameters, in a step that estimates the Hessian."""
+    model = computing(network, torch.device("cpu"), precision, plain=True)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = build_optimizer(BASELINES["sophia"], model, 1)
+    optimizer.backward(model(x).square().mean())
+    optimizer.step()
+    for name, p in model.named_parameters():
+        assert torch.isfinite(p).all()
+        assert not torch.equal(p, before[name]), name
+        assert "hessian" in optimizer.state[p]
+
+
 def test_only_sophia_makes_passes_of_its_own():
     names = {name for name in BASELINES if hessian_passes(BASELINES[name], 1000)}
     assert names == {"sophia"}
@@ -268,6 +294,13 @@ def test_muon_takes_what_is_hidden():
     assert names_by_rule(nn.Linear(3, 2)) == {False: {"weight", "bias"}}
 
 
+def test_muon_takes_the_layers_of_the_transformer():
+    places = "attention.qkv", "attention.out", "mlp.0", "mlp.2"
+    assert names_by_rule(CharTransformer(9))[True] == {
+        f"layers.{layer}.{place}.weight" for layer in (0, 1) for place in places
+    }
+
+
 def test_a_schedule_by_hand():
     baseline = Baseline("lion", 0.1, use_warmup=True, warmup_steps=2, use_cosine_decay=True)
     model = nn.Linear(1, 1, bias=False).double()
@@ -327,9 +360,10 @@ def test_training_learns(images, losses, name):
     assert sum(found[-5:]) / 5 < 0.95 * found[0]
 
 
-def test_a_seed_decides_everything_but_the_optimizer(images, losses):
-    # steps too small to change a loss: what is left is weights, batches and dropout, which the
-    # noise of the estimates (steps 1 and 11) must not move
+def test_the_noise_of_estimates_moves_nothing_else(images, losses, monkeypatch):
+    # steps too small to change a loss: what is left is weights, batches and, in networks of torch's
+    # own operations, dropout; estimates are made in steps 1 and 11
+    monkeypatch.setattr(evaluator, "hessian_passes", lambda optimizer, steps: 1)
     for name in ("sgd", "sophia"):
         idle = dataclasses.replace(BASELINES[name], lr=1e-14)
         evaluate(Trial(idle, MINI, 3), Conditions(12, 32, 256), images)

@@ -1,7 +1,8 @@
 """Train one network with one optimizer and say how it went.
 
 Runs with the same seed share everything but the optimizer: initial weights, order of the batches,
-augmentation and dropout (common random numbers), so that their difference is the optimizers'.
+augmentation and dropout (common random numbers), so that their difference is the optimizers'. Only
+where second derivatives are needed is dropout another, since it must be torch's own.
 """
 
 from __future__ import annotations
