@@ -173,9 +173,8 @@ def chosen_settings(options: argparse.Namespace) -> RunSettings:
     if options.parity:
         values.update(PARITY)
     given = {name: getattr(options, name, None) for name in values}
-    device = options.device or values["device"]
-    given["precision"] = resolved_precision(options.precision, device)
     values.update((name, value) for name, value in given.items() if value is not None)
+    values["precision"] = resolved_precision(values["precision"], values["device"])
     return RunSettings.from_dict(values)
 
 
