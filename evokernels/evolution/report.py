@@ -155,7 +155,8 @@ def _plot_comparison(path: pathlib.Path, comparison: Comparison, tuned: Comparis
     legend_width = 0.7 + 0.09 * max(map(len, labels))
     wide = 1.5 + 0.4 * len(groups) * max(count, 3) + legend_width
     figure = _figure(wide, 3.6 * len(versions))
-    colours = matplotlib.color_sequences["tab20"]  # the usual ones repeat after ten
+    # the usual ten, or more in pairs of dark and light
+    colours = matplotlib.color_sequences["tab10" if count <= 10 else "tab20"]
     for row, (version, title) in enumerate(zip(versions, ("untuned", "tuned"), strict=False), 1):
         axes = figure.add_subplot(len(versions), 1, row)
         for place, name in enumerate(version.optimizers):
