@@ -339,12 +339,21 @@ def test_weights_begin_as_in_gpt_2():
             assert (tensor == (1 if "norm" in name and "weight" in name else 0)).all(), name
 
 
-def test_the_network_works_under_autocast():
+def test_the_network_works_under_autocast(monkeypatch):
     torch.manual_seed(0)
     network, x = CharTransformer(11), torch.randint(11, (2, 64))
     expected = network(x)
+    attend, attended = torch.nn.functional.scaled_dot_product_attention, []
+
+    def attending(q, k, v, is_causal):
+        read = attend(q, k, v, is_causal=is_causal)
+        attended.append(read.dtype)
+        return read
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attending)
     with torch.autocast("cpu", torch.bfloat16):
         logits = network(x)
+    assert attended == [torch.float32] * 2, "three times as slow in bfloat16 on a CPU"
     assert logits.dtype == torch.bfloat16
     torch.testing.assert_close(logits.float(), expected, rtol=0.05, atol=0.02)
     logits.float().square().sum().backward()
