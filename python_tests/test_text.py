@@ -440,3 +440,14 @@ def test_a_step_never_asks_for_a_value(roman):
     step = TrainingStep(model, optimizer, Batches(roman.to(meta)), draws)
     with OnDeviceOnly():
         step()
+
+
+@pytest.mark.gpu
+def test_an_evaluation_on_cuda_is_reproducible_and_learns_as_on_the_cpu(roman):
+    conditions = Conditions(40, 8, 40, validation_samples=10)
+    trial = Trial(zoo.adam, "text", 0, Purpose.REPORT)
+    first, again, on_cpu = (
+        evaluate(trial, conditions, roman, device) for device in ("cuda", "cuda", "cpu")
+    )
+    assert dataclasses.replace(again, seconds=first.seconds) == first
+    assert first.final_loss == pytest.approx(on_cpu.final_loss, rel=1e-2)  # there is no dropout
