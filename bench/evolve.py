@@ -16,7 +16,9 @@ from commandline import Bar, add_machine_options, exit_code, worker_count
 from evokernels.compiler.describe import formula
 from evokernels.evolution import report
 from evokernels.evolution.audit import audit_line
+from evokernels.evolution.devices import find_device
 from evokernels.evolution.ledger import ledger_line
+from evokernels.evolution.precision import best_precision
 from evokernels.evolution.run import RunResult, evolve
 from evokernels.evolution.settings import RunSettings
 from evokernels.evolution.trial import Conditions
@@ -171,14 +173,10 @@ def chosen_settings(options: argparse.Namespace) -> RunSettings:
     if options.parity:
         values.update(PARITY)
     given = {name: getattr(options, name, None) for name in values}
-    given["precision"] = resolved_precision(options.precision)
     values.update((name, value) for name, value in given.items() if value is not None)
+    if values["precision"] == "auto":
+        values["precision"], _ = best_precision(find_device(values["device"]))
     return RunSettings.from_dict(values)
-
-
-def resolved_precision(name: str) -> str:
-    """ "float32" or "bfloat16" for what was asked for."""
-    return "float32" if name == "auto" else name
 
 
 def run(options: argparse.Namespace) -> None:
