@@ -15,7 +15,7 @@ import torch
 from evokernels import zoo
 from evokernels.compiler.canonical import canonical_key
 from evokernels.errors import DatasetError, JournalError, SettingsError
-from evokernels.evolution import evaluator, pool
+from evokernels.evolution import evaluator, journal, pool
 from evokernels.evolution.comparison import Comparison, Estimate, Row, compare
 from evokernels.evolution.evaluator import EVALUATION_VERSION, evaluate
 from evokernels.evolution.fitness import diverged, final_loss, genome_score, run_fitness
@@ -179,6 +179,7 @@ def training(monkeypatch):
     fake = FakeTraining()
     monkeypatch.setattr(pool, "evaluate", fake)
     monkeypatch.setattr(pool, "_data", lambda *args: None)
+    monkeypatch.setattr(journal, "SYNCHRONOUS", "OFF")
     return fake
 
 
