@@ -35,6 +35,20 @@ void evk_pool(const void *x, void *y, uint8_t *code, const evk_images *images,
 void evk_pool_backward(const void *gradient, const uint8_t *code, void *result, float *sums,
                        const evk_images *images, float scale, int32_t format, int32_t threads);
 
+/* Channels that the next two work on together; theirs must be a multiple of it. */
+enum { EVK_LANES = 16 };
+
+/* y = max of four(relu(convolution of x)), of grey images: x is float (images, height, width),
+ * padded by one zero on each side; `weights` float (10, channels): one row a tap of the 3 x 3, in
+ * reading order, and the bias. Nothing of the size of the convolution is ever in memory. */
+void evk_convolve_pool(const float *x, const float *weights, void *y, uint8_t *code,
+                       const evk_images *images, int32_t format, int32_t threads);
+
+/* What each image adds to the gradient of `weights`: `sums` is float (images, 10, channels). */
+void evk_convolve_pool_backward(const void *gradient, const uint8_t *code, const float *x,
+                                float *sums, const evk_images *images, int32_t format,
+                                int32_t threads);
+
 /* y = dropout(relu(y)), n elements. */
 void evk_relu(void *y, int64_t n, const evk_dropout *dropout, int32_t format, int32_t threads);
 
