@@ -165,12 +165,14 @@ enum { LANES = EVK_LANES };
                                                                                                \
     EVK_CLONES static void scale_relu_##type(const STORED_##type *restrict x,                  \
                                              STORED_##type *restrict y,                        \
+                                             const float *restrict mean,                       \
                                              const float *restrict factor,                     \
-                                             const float *restrict summand, int64_t rows,      \
+                                             const float *restrict bias, int64_t rows,         \
                                              int64_t channels) {                               \
         for (int64_t r = 0; r < rows; ++r)                                                     \
             for (int64_t c = 0; c < channels; ++c) {                                           \
-                const float z = load_##type(x[r * channels + c]) * factor[c] + summand[c];     \
+                const float centred = load_##type(x[r * channels + c]) - mean[c];              \
+                const float z = centred * factor[c] + bias[c];                                 \
                 y[r * channels + c] = store_##type(behind_relu(z, z));                         \
             }                                                                                  \
     }                                                                                          \
@@ -179,15 +181,15 @@ enum { LANES = EVK_LANES };
     EVK_CLONES static void add_products_##type(                                                \
         const STORED_##type *restrict gradient, const STORED_##type *restrict x,               \
         const float *restrict mean, const float *restrict factor,                              \
-        const float *restrict summand, float *restrict first, float *restrict second,          \
+        const float *restrict bias, float *restrict first, float *restrict second,             \
         int64_t rows, int64_t channels) {                                                      \
         for (int64_t r = 0; r < rows; ++r)                                                     \
             for (int64_t c = 0; c < channels; ++c) {                                           \
-                const float value = load_##type(x[r * channels + c]);                          \
-                const float z = value * factor[c] + summand[c];                                \
+                const float centred = load_##type(x[r * channels + c]) - mean[c];              \
+                const float z = centred * factor[c] + bias[c];                                 \
                 const float g = behind_relu(load_##type(gradient[r * channels + c]), z);       \
                 first[c] += g;                                                                 \
-                second[c] += g * (value - mean[c]);                                            \
+                second[c] += g * centred;                                                      \
             }                                                                                  \
     }                                                                                          \
                                                                                                \
@@ -195,16 +197,16 @@ enum { LANES = EVK_LANES };
     EVK_CLONES static void norm_backward_##type(                                               \
         const STORED_##type *restrict gradient, const STORED_##type *restrict x,               \
         const float *restrict mean, const float *restrict factor,                              \
-        const float *restrict summand, const float *restrict slope,                            \
+        const float *restrict bias, const float *restrict slope,                               \
         const float *restrict offset, STORED_##type *restrict result, int64_t rows,            \
         int64_t channels) {                                                                    \
         for (int64_t r = 0; r < rows; ++r)                                                     \
             for (int64_t c = 0; c < channels; ++c) {                                           \
-                const float value = load_##type(x[r * channels + c]);                          \
-                const float z = value * factor[c] + summand[c];                                \
+                const float centred = load_##type(x[r * channels + c]) - mean[c];              \
+                const float z = centred * factor[c] + bias[c];                                 \
                 const float g = behind_relu(load_##type(gradient[r * channels + c]), z);       \
-                result[r * channels + c] = store_##type(                                       \
-                    g * factor[c] + ((value - mean[c]) * slope[c] + offset[c]));               \
+                result[r * channels + c] =                                                     \
+                    store_##type(g * factor[c] + (centred * slope[c] + offset[c]));            \
             }                                                                                  \
     }
 
@@ -487,7 +489,7 @@ typedef struct {
 } norming;
 
 /* What each row of `saved` has. */
-enum { MEAN, INVERSE, FACTOR, SUMMAND };
+enum { MEAN, INVERSE, FACTOR, BETA };
 
 static int64_t parts_of(int64_t rows) { return (rows + EVK_NORM_ROWS - 1) / EVK_NORM_ROWS; }
 
@@ -516,7 +518,8 @@ static void scale_parts(const void *task, int64_t first, int64_t end) {
     const norming *t = task;
     for (int64_t part = first; part < end; ++part)
         CALL(t->format, scale_relu, part_of(t, t->x, part), part_of(t, t->y, part),
-             saved_row(t, FACTOR), saved_row(t, SUMMAND), rows_in(t, part), t->channels);
+             saved_row(t, MEAN), saved_row(t, FACTOR), saved_row(t, BETA), rows_in(t, part),
+             t->channels);
 }
 
 static void products_of_parts(const void *task, int64_t first, int64_t end) {
@@ -525,7 +528,7 @@ static void products_of_parts(const void *task, int64_t first, int64_t end) {
         float *sums = t->sums + part * 2 * t->channels;
         memset(sums, 0, 2 * t->channels * sizeof *sums);
         CALL(t->format, add_products, part_of(t, t->gradient, part), part_of(t, t->x, part),
-             saved_row(t, MEAN), saved_row(t, FACTOR), saved_row(t, SUMMAND), sums,
+             saved_row(t, MEAN), saved_row(t, FACTOR), saved_row(t, BETA), sums,
              sums + t->channels, rows_in(t, part), t->channels);
     }
 }
@@ -534,7 +537,7 @@ static void norm_backward_parts(const void *task, int64_t first, int64_t end) {
     const norming *t = task;
     for (int64_t part = first; part < end; ++part)
         CALL(t->format, norm_backward, part_of(t, t->gradient, part), part_of(t, t->x, part),
-             saved_row(t, MEAN), saved_row(t, FACTOR), saved_row(t, SUMMAND), t->slope, t->offset,
+             saved_row(t, MEAN), saved_row(t, FACTOR), saved_row(t, BETA), t->slope, t->offset,
              part_of(t, t->y, part), rows_in(t, part), t->channels);
 }
 
@@ -573,7 +576,7 @@ void evk_norm_relu(const void *x, void *y, const evk_norm *norm, float *saved, f
         saved[MEAN * channels + c] = (float)mean;
         saved[INVERSE * channels + c] = (float)inverse;
         saved[FACTOR * channels + c] = (float)(norm->weight[c] * inverse);
-        saved[SUMMAND * channels + c] = (float)(norm->bias[c] - mean * norm->weight[c] * inverse);
+        saved[BETA * channels + c] = norm->bias[c];
         norm->running_mean[c] += norm->momentum * ((float)mean - norm->running_mean[c]);
         norm->running_variance[c] +=
             norm->momentum * ((float)(squares / (double)(rows - 1)) - norm->running_variance[c]);

@@ -67,13 +67,13 @@ typedef struct {
 enum { EVK_NORM_ROWS = 256 };
 
 /* y = relu(batch_norm(x)) of x (rows, channels), rows > 1, with the statistics of the batch; moves
- * the running ones. `saved` is float (4, channels): mean, 1 / standard deviation, and the factor
- * and the summand that they make; `sums` is room for as
+ * the running ones. `saved` is float (4, channels): mean, 1 / standard deviation, that times
+ * weight, bias; `sums` is room for as
  * many floats as (ceil(rows / EVK_NORM_ROWS), 2, channels). */
 void evk_norm_relu(const void *x, void *y, const evk_norm *norm, float *saved, float *sums,
                    int64_t rows, int64_t channels, int32_t format, int32_t threads);
 
-/* The same with given statistics: only factors and summands of `saved` are read. */
+/* The same with given statistics: `saved` is read, except its second row. */
 void evk_scale_relu(const void *x, void *y, const float *saved, int64_t rows, int64_t channels,
                     int32_t format, int32_t threads);
 

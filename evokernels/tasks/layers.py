@@ -266,7 +266,10 @@ class ConvNorm(torch.autograd.Function):
         y = torch.empty_like(full)
         if norm.training:
             if rows == 1:
-                raise ValueError("a batch norm needs more than one value a channel to train")
+                raise BackendError(
+                    "a batch norm needs more than one value a channel to train with, got one; "
+                    "use larger batches"
+                )
             saved, sums = torch.empty(4, channels), _room_for_sums(rows, channels)
             native.library().evk_norm_relu(
                 *(full.data_ptr(), y.data_ptr(), ctypes.byref(_norm(norm)), saved.data_ptr()),
@@ -277,8 +280,7 @@ class ConvNorm(torch.autograd.Function):
             ctx.save_for_backward(x, weight, full, saved)
         else:
             factor = norm_weight * (norm.running_var + norm.eps).rsqrt()
-            summand = norm_bias - norm.running_mean * factor
-            saved = torch.stack([norm.running_mean, factor, factor, summand])
+            saved = torch.stack([norm.running_mean, factor, factor, norm_bias])
             native.library().evk_scale_relu(
                 *(full.data_ptr(), y.data_ptr(), saved.data_ptr(), rows, channels),
                 *_format_and_threads(full),
