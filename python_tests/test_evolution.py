@@ -15,7 +15,7 @@ import torch
 from evokernels import zoo
 from evokernels.compiler.canonical import canonical_key
 from evokernels.errors import DatasetError, JournalError, SettingsError
-from evokernels.evolution import evaluator, pool
+from evokernels.evolution import evaluator, journal, pool
 from evokernels.evolution.evaluator import EVALUATION_VERSION, evaluate
 from evokernels.evolution.fitness import diverged, final_loss, genome_score, run_fitness
 from evokernels.evolution.journal import JOURNAL, Entry, open_journal
@@ -178,6 +178,7 @@ def training(monkeypatch):
     fake = FakeTraining()
     monkeypatch.setattr(pool, "evaluate", fake)
     monkeypatch.setattr(pool, "_data", lambda *args: None)
+    monkeypatch.setattr(journal, "SYNCHRONOUS", "OFF")
     return fake
 
 

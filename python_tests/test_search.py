@@ -5,6 +5,7 @@ import itertools
 import math
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from evokernels.genome import Genome, Term
 from evokernels.search import operators
 from evokernels.search.genetic import GeneticConfig, GeneticSearch
 from evokernels.search.operators import ALPHA, FLAGS, NUMERIC, RATES
+from evokernels.search.racing import SeedModel, next_bar
 from evokernels.search.score import Score, Status
 
 SEEDS = st.integers(0, 2**32)
@@ -242,6 +244,31 @@ def test_the_best_ever_survives_without_elites():
     assert states[-1].best.score.rank == max(entry.rank for entry in told)
 
 
+def test_what_a_genome_is_told_again_replaces_what_it_was_told_before():
+    search = GeneticSearch(SMALL)
+    state = search.tell(search.start(), [score(genome) for genome in search.start().population])
+    champion = state.best.genome
+    assert champion in state.population
+
+    def fallen(genome):
+        return Score(-9.0) if genome == champion else score(genome)
+
+    following = search.tell(state, [fallen(genome) for genome in state.population])
+    assert following.best.genome != champion
+    assert following.best.score.rank == max(fallen(genome).rank for genome in state.population)
+    # one that is not told again keeps what it was told
+    others = dataclasses.replace(state, population=(zoo.rmsprop,) * 12)
+    assert search.tell(others, [Score(-9.0)] * 12).best == state.best
+
+
+def test_a_stopped_genome_ranks_by_its_number_and_a_failed_one_below_all():
+    stopped = Score(0.1, Status.STOPPED)
+    assert Score(0.0).rank < stopped.rank < Score(0.2).rank
+    failed = [status for status in Status if status.failed]
+    assert set(Status) - set(failed) == {Status.OK, Status.STOPPED}
+    assert all(Score(9.0, status).rank < Score(-9.0).rank for status in failed)
+
+
 def test_a_diverged_genome_ranks_last_whatever_its_number():
     def failing(genome):
         return Score(100.0, Status.DIVERGED) if genome == zoo.adam else score(genome)
@@ -271,3 +298,81 @@ def test_scores_and_genomes_must_be_as_many():
 def test_settings_out_of_range_are_named(setting, value):
     with pytest.raises(SettingsError, match=f"{setting} must be .*got {value}"):
         GeneticConfig(**{setting: value})
+
+
+# The seed race
+
+
+def table_of(rng, genomes, seeds, noise):
+    """Scores of genomes on two levels, the better ones first, with effects of seeds and noise."""
+    effects = rng.normal(0, 0.1, seeds)
+    levels = np.where(np.arange(2 * genomes) < genomes, 5.0, 0.0)
+    scores = levels[:, None] + effects + rng.normal(0, noise, (2 * genomes, seeds))
+    return scores - 0.001 * np.arange(2 * genomes)[:, None]  # no two genomes are equally good
+
+
+@pytest.mark.parametrize(("genomes", "seeds"), [(3, 2), (5, 2), (4, 3), (20, 5)])
+def test_effects_and_noise_are_those_of_least_squares(genomes, seeds):
+    scores = table_of(np.random.default_rng(genomes), genomes, seeds, noise=0.05)
+    model = SeedModel.of([dict(enumerate(row)) for row in scores])
+    # the better half, as a linear model: one unknown a genome, one a seed but the last
+    better = scores[:genomes]
+    design = np.zeros((genomes, seeds, genomes + seeds - 1))
+    for genome, seed in itertools.product(range(genomes), range(seeds)):
+        design[genome, seed, genome] = 1
+        if seed < seeds - 1:
+            design[genome, seed, genomes + seed] = 1
+        else:
+            design[genome, seed, genomes:] = -1
+    design = design.reshape(genomes * seeds, -1)
+    solution, squares, rank, _ = np.linalg.lstsq(design, better.ravel())
+    freedom = genomes * seeds - rank
+    assert model.noise == pytest.approx(math.sqrt(squares[0] / freedom))
+    assert list(model.effects.values())[:-1] == pytest.approx(solution[genomes:])
+    assert sum(model.effects.values()) == pytest.approx(0, abs=1e-12)
+
+
+def test_the_noise_is_that_of_good_genomes():
+    scores = table_of(np.random.default_rng(0), 40, 2, noise=0.05)
+    scores[40:] += np.random.default_rng(1).normal(0, 2, (40, 2))
+    model = SeedModel.of([dict(enumerate(row)) for row in scores])
+    assert model.noise == pytest.approx(0.05, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    "complete",
+    [[], [{0: 0.5, 1: 0.6}] * 4, [{0: 0.5}] * 50],
+    ids=["none", "too few genomes", "one seed"],
+)
+def test_too_little_for_a_race(complete):
+    assert SeedModel.of(complete) is None
+    assert next_bar([Score(0.5)] * 10, None) is None
+
+
+@pytest.mark.parametrize(("population", "place"), [(50, 15), (10, 3), (11, 4), (3, 1)])
+def test_the_bar_is_two_deviations_below_the_genome_at_three_tenths(population, place):
+    model = SeedModel({0: 0.1, 1: -0.1}, noise=0.01)
+    scores = [Score(float(number)) for number in range(population)]
+    bar = next_bar(scores, model)
+    assert bar.fitness == pytest.approx(population - place - 0.02)
+    # without its effect, the easier seed must bring 0.1 more
+    assert bar.admits({0: bar.fitness + 0.1001})
+    assert not bar.admits({0: bar.fitness + 0.0999})
+    assert bar.admits({1: bar.fitness - 0.0999})
+    assert bar.admits({0: bar.fitness + 0.3, 1: bar.fitness - 0.2999})
+    assert not bar.admits({0: bar.fitness + 0.3, 1: bar.fitness - 0.3001})
+    assert not bar.admits({7: bar.fitness - 0.0001})  # nothing is known of this seed
+
+
+def test_failures_at_the_bar_mean_no_race():
+    model = SeedModel({0: 0.0, 1: 0.0}, noise=0.01)
+    scores = [Score(0.9)] * 2 + [Score(-1.0, Status.DIVERGED)] * 8
+    assert next_bar(scores, model) is None
+    assert next_bar([Score(0.8), *scores[:-1]], model).fitness == pytest.approx(0.78)
+
+
+def test_one_genome_in_fifty_at_the_bar_is_stopped_by_bad_luck():
+    rng = np.random.default_rng(5)
+    bar = next_bar([Score(0.8)] * 50, SeedModel({0: 0.0}, noise=0.01))
+    stopped = sum(not bar.admits({0: score}) for score in rng.normal(0.8, 0.01, 20_000)) / 20_000
+    assert stopped == pytest.approx(0.0228, abs=0.004)

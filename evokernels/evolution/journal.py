@@ -29,6 +29,7 @@ __all__ = ["Entry", "Journal", "Saving", "open_journal"]
 JOURNAL = "journal.sqlite"
 LOCK = "lock"
 UNFINISHED = "journal.sqlite.new"
+SYNCHRONOUS = "FULL"  # a row survives the machine, too; beside seconds of training: free
 
 APPLICATION_ID = int.from_bytes(b"EVOK", "big")
 COLUMNS = (
@@ -239,7 +240,7 @@ def open_journal(folder: str | os.PathLike[str], settings: Mapping[str, Any]) ->
         with contextlib.closing(_connect(path, "rw")) as connection:
             with _clear_errors(path):
                 connection.execute("PRAGMA journal_mode = WAL")
-                connection.execute("PRAGMA synchronous = FULL")  # beside seconds of training: free
+                connection.execute(f"PRAGMA synchronous = {SYNCHRONOUS}")
                 journal = Journal(path, connection)
                 if not len(journal):  # `_check` let other settings pass
                     connection.execute("DELETE FROM candidate")

@@ -9,13 +9,13 @@ from typing import Any
 
 from evokernels.errors import SettingsError
 from evokernels.evolution.devices import find_device
+from evokernels.evolution.precision import PRECISIONS
 from evokernels.evolution.trial import Conditions
 from evokernels.search.genetic import GeneticConfig
 from evokernels.tasks import get_task
 
 __all__ = ["RunSettings"]
 
-PRECISIONS = ("float32", "bfloat16")
 SEED_LIMIT = 2**31  # of seeds that are drawn
 
 
