@@ -177,7 +177,7 @@ class FakeTraining:
 def training(monkeypatch):
     fake = FakeTraining()
     monkeypatch.setattr(pool, "evaluate", fake)
-    monkeypatch.setattr(pool, "_images", lambda *args: None)
+    monkeypatch.setattr(pool, "_data", lambda *args: None)
     return fake
 
 
