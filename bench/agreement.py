@@ -24,7 +24,7 @@ from evokernels import Genome, zoo
 from evokernels.errors import SettingsError
 from evokernels.evolution.evaluator import evaluate
 from evokernels.evolution.trial import Conditions, Trial
-from evokernels.tasks import ImageData, get_task, load_images
+from evokernels.tasks import ImageData, get_task
 
 __all__ = ["GENOMES", "LOOPS", "SOURCE", "Job", "all_jobs", "compare_means", "run_jobs"]
 
@@ -229,7 +229,7 @@ def _train(job: Job, conditions: Conditions, data_dir: str | None) -> dict[str, 
 
 @functools.cache  # `evaluate` keeps what it knows of a data set as long as the process lives
 def _images(task: str, data_dir: str | None, train_samples: int | None) -> ImageData:
-    return load_images(get_task(task).dataset, data_dir, train_samples)
+    return get_task(task).load(data_dir, train_samples, 0)
 
 
 def _described(job: Job, conditions: Conditions) -> dict[str, object]:

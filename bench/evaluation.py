@@ -40,7 +40,7 @@ from evokernels.evolution.evaluator import evaluate
 from evokernels.evolution.files import make_folder, write_atomically
 from evokernels.evolution.pool import open_pool
 from evokernels.evolution.trial import Conditions, Trial
-from evokernels.tasks import ImageData, load_images
+from evokernels.tasks import ImageData, get_task
 
 GENOME = zoo.evolved_2025
 WILD = Genome(["SIGN_GRAD"], lr_log10=2.0)  # diverges at once: it warms a worker up, and no more
@@ -132,7 +132,9 @@ def agree(options: argparse.Namespace) -> None:
 
 def measure(options: argparse.Namespace) -> Results:
     """Everything that `page` tells."""
-    data = {task: load_images(task, options.data_dir, PROTOCOL.train_samples) for task in TASKS}
+    data = {
+        task: get_task(task).load(options.data_dir, PROTOCOL.train_samples, 0) for task in TASKS
+    }
     lengths = [PROTOCOL.steps] if options.full else [options.steps, 2 * options.steps]
     threads = torch.get_num_threads()
     with Bar() as bar:

@@ -28,7 +28,7 @@ from evokernels.compiler.schedule import learning_rate_factor
 from evokernels.evolution.devices import reproducible
 from evokernels.evolution.fitness import DIVERGED_FITNESS, final_loss, run_fitness
 from evokernels.evolution.trial import Conditions, Trial
-from evokernels.tasks import ImageData, get_task
+from evokernels.tasks import ImageData
 
 __all__ = ["NETWORKS", "PilImages", "SourceRun", "evaluate_source", "train_source", "transform_of"]
 
@@ -159,11 +159,10 @@ def evaluate_source(
         workers: processes of the DataLoader; 0 loads in this one. They are kept from epoch to
             epoch, which the source does not do, but which only makes it faster.
     """
-    augment = get_task(trial.task).augment
 
     def loader(images: torch.Tensor, labels: torch.Tensor, *, train: bool) -> DataLoader:
         return DataLoader(
-            PilImages(images, labels, transform_of(data, augment and train)),
+            PilImages(images, labels, transform_of(data, data.augment and train)),
             batch_size=conditions.batch_size,
             shuffle=train,
             num_workers=workers,

@@ -8,6 +8,7 @@ import re
 import statistics
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import agreement
 import evaluation
@@ -34,7 +35,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def few_images():
+def load_few(*_):
     """The embedded images, few of them to test with."""
     data = load_images(MINI)
     return dataclasses.replace(data, x_test=data.x_test[:100], y_test=data.y_test[:100])
@@ -49,7 +50,7 @@ def small(monkeypatch):
     monkeypatch.setattr(evaluation, "SEEDS", (0,))
     monkeypatch.setattr(evaluation, "LOADERS", (0,))
     monkeypatch.setattr(evaluation, "PROBE_STEPS", 1)
-    monkeypatch.setattr(evaluation, "load_images", lambda *args: few_images())
+    monkeypatch.setattr(evaluation, "get_task", lambda name: SimpleNamespace(load=load_few))
 
 
 def test_the_command_writes_what_it_measured(small, monkeypatch, tmp_path, capsys):
@@ -121,7 +122,7 @@ def test_a_profile_knows_what_operations_are_for(small, loop):
     images = torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(10, (64,))
     constants = ((0.5,) * 3,) * 2
-    data = ImageData("random", images, labels, images, labels, *constants, num_classes=10)
+    data = ImageData("random", images, labels, images, labels, *constants, classes=10)
     spent = profile_loop(loop, "cifar10", data, 0, 1)
     expected = {"update", "batches", "convolution, forward", "convolution, backward"}
     assert expected | {"matrix products", "loss"} <= spent.keys()
@@ -225,7 +226,7 @@ def test_means_are_compared_with_their_standard_error(counted, tmp_path):
 
 
 def test_a_real_row(monkeypatch, tmp_path):
-    monkeypatch.setattr(agreement, "load_images", lambda *args: few_images())
+    monkeypatch.setattr(agreement, "get_task", lambda name: SimpleNamespace(load=load_few))
     path = tmp_path / "agreement.csv"
     jobs = [Job(loop, "adam", MINI, 0) for loop in ("source", "float32")]
     run_jobs(jobs, SHORT, path, None, nothing)

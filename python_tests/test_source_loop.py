@@ -39,12 +39,14 @@ def mini_images():
     return dataclasses.replace(data, x_test=data.x_test[:200], y_test=data.y_test[:200])
 
 
-def random_images(shape=(3, 32, 32)):
+def random_images(shape=(3, 32, 32), augment=False):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (70, *shape), generator=generator, dtype=torch.uint8)
     labels = torch.randint(10, (70,), generator=generator)
     constants = (0.5, 0.4, 0.3)[: shape[0]], (0.25, 0.2, 0.3)[: shape[0]]
-    return ImageData("random", images, labels, images, labels, *constants, num_classes=10)
+    return ImageData(
+        "random", images, labels, images, labels, *constants, classes=10, augment=augment
+    )
 
 
 def both_networks(task):
@@ -82,8 +84,8 @@ def test_the_networks_begin_with_the_same_weights(task):
     ],
 )
 def test_the_same_batches_lead_to_the_same_losses_and_weights(task, genome, apart):
-    data = random_images() if task == "cifar10" else load_images(MINI)
-    batches = list(training_batches(data, 16, STEPS, 0, get_task(task).augment))
+    data = random_images(augment=True) if task == "cifar10" else load_images(MINI)
+    batches = list(training_batches(data, 16, STEPS, 0))
     theirs, ours = both_networks(task)
     start = [p.detach().clone() for p in ours.parameters()]
 
@@ -107,7 +109,7 @@ def distance(one, other):
 
 
 def test_an_epoch_follows_the_other():
-    batches = list(training_batches(load_images(MINI), 16, 3, 0, augment=False))
+    batches = list(training_batches(load_images(MINI), 16, 3, 0))
     one, other = both_networks(MINI)[0], both_networks(MINI)[0]
     three_times, _ = train_source(one, zoo.adam, batches, 8)
     in_a_row, _ = train_source(other, zoo.adam, [*batches, *batches, *batches], 8)
