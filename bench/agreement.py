@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import csv
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -23,7 +24,7 @@ from evokernels import Genome, zoo
 from evokernels.errors import SettingsError
 from evokernels.evolution.evaluator import evaluate
 from evokernels.evolution.trial import Conditions, Trial
-from evokernels.tasks import load_images
+from evokernels.tasks import ImageData, get_task, load_images
 
 __all__ = ["GENOMES", "LOOPS", "SOURCE", "Job", "all_jobs", "compare_means", "run_jobs"]
 
@@ -215,7 +216,7 @@ def _full(tasks: dict[str, float]) -> bool:
 
 
 def _train(job: Job, conditions: Conditions, data_dir: str | None) -> dict[str, object]:
-    data = load_images(job.task, data_dir, conditions.train_samples)
+    data = _images(job.task, data_dir, conditions.train_samples)
     trial = Trial(GENOMES[job.genome], job.task, job.seed)
     start = time.perf_counter()
     if job.loop == SOURCE:
@@ -224,6 +225,11 @@ def _train(job: Job, conditions: Conditions, data_dir: str | None) -> dict[str, 
         run = evaluate(trial, dataclasses.replace(conditions, precision=job.loop), data)
     seconds = time.perf_counter() - start
     return {"fitness": run.fitness, "accuracy": run.accuracy, "seconds": f"{seconds:.1f}"}
+
+
+@functools.cache  # `evaluate` keeps what it knows of a data set as long as the process lives
+def _images(task: str, data_dir: str | None, train_samples: int | None) -> ImageData:
+    return load_images(get_task(task).dataset, data_dir, train_samples)
 
 
 def _described(job: Job, conditions: Conditions) -> dict[str, object]:

@@ -10,8 +10,18 @@ from collections.abc import Callable, Iterable, Sequence
 from tqdm import tqdm
 
 from evokernels.errors import EvokernelsError
+from evokernels.evolution.devices import find_device
+from evokernels.evolution.precision import PRECISIONS, best_precision
 
-__all__ = ["Bar", "add_machine_options", "exit_code", "markdown", "worker_count"]
+__all__ = [
+    "Bar",
+    "add_machine_options",
+    "add_precision",
+    "exit_code",
+    "markdown",
+    "resolved_precision",
+    "worker_count",
+]
 
 
 def exit_code(command: Callable[[], None], resume_hint: str) -> int:
@@ -41,6 +51,21 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
         help="processes that train; the result does not depend on them "
         "(as many as the processor has cores for; 1 on a CUDA device)",
     )
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """``--precision``, for `resolved_precision`."""
+    parser.add_argument(
+        "--precision",
+        choices=("auto", *PRECISIONS),
+        default="auto",
+        help="of the networks' arithmetic; auto: the faster one on this processor (auto)",
+    )
+
+
+def resolved_precision(name: str, device: str) -> str:
+    """``--precision`` as `Conditions` have it."""
+    return best_precision(find_device(device))[0] if name == "auto" else name
 
 
 def positive(text: str) -> int:

@@ -11,14 +11,20 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from commandline import Bar, add_machine_options, exit_code, positive, worker_count
+from commandline import (
+    Bar,
+    add_machine_options,
+    add_precision,
+    exit_code,
+    positive,
+    resolved_precision,
+    worker_count,
+)
 
 from evokernels.compiler.describe import formula
 from evokernels.evolution import report
 from evokernels.evolution.audit import audit_line
-from evokernels.evolution.devices import find_device
 from evokernels.evolution.ledger import ledger_line
-from evokernels.evolution.precision import best_precision
 from evokernels.evolution.run import RunResult, evolve
 from evokernels.evolution.settings import RunSettings
 from evokernels.evolution.trial import Conditions
@@ -138,12 +144,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="the protocol of the source system: the test split selects, and nothing is stopped "
         "early; options given beside it still hold",
     )
-    parser.add_argument(
-        "--precision",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="of the networks' arithmetic; auto: the faster one on this processor (auto)",
-    )
+    add_precision(parser)
     parser.add_argument(
         "--audit",
         type=positive,
@@ -174,8 +175,7 @@ def chosen_settings(options: argparse.Namespace) -> RunSettings:
         values.update(PARITY)
     given = {name: getattr(options, name, None) for name in values}
     values.update((name, value) for name, value in given.items() if value is not None)
-    if values["precision"] == "auto":
-        values["precision"], _ = best_precision(find_device(values["device"]))
+    values["precision"] = resolved_precision(values["precision"], values["device"])
     return RunSettings.from_dict(values)
 
 

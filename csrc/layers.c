@@ -68,8 +68,7 @@ EVK_INLINE uint16_t where_bfloat16(int condition, uint16_t x) {
 /* relu's gradient: that of z, where relu lets it through. */
 EVK_INLINE float behind_relu(float gradient, float z) { return where(!(z <= 0.0f), gradient); }
 
-/* Channels that are worked on together, as vectors. */
-enum { LANES = 16 };
+enum { LANES = EVK_LANES };
 
 #define LAYERS(type)                                                                           \
     /* One row of pooled pixels from two of the image. */                                      \
@@ -166,12 +165,14 @@ enum { LANES = 16 };
                                                                                                \
     EVK_CLONES static void scale_relu_##type(const STORED_##type *restrict x,                  \
                                              STORED_##type *restrict y,                        \
+                                             const float *restrict mean,                       \
                                              const float *restrict factor,                     \
-                                             const float *restrict summand, int64_t rows,      \
+                                             const float *restrict bias, int64_t rows,         \
                                              int64_t channels) {                               \
         for (int64_t r = 0; r < rows; ++r)                                                     \
             for (int64_t c = 0; c < channels; ++c) {                                           \
-                const float z = load_##type(x[r * channels + c]) * factor[c] + summand[c];     \
+                const float centred = load_##type(x[r * channels + c]) - mean[c];              \
+                const float z = centred * factor[c] + bias[c];                                 \
                 y[r * channels + c] = store_##type(behind_relu(z, z));                         \
             }                                                                                  \
     }                                                                                          \
@@ -180,15 +181,15 @@ enum { LANES = 16 };
     EVK_CLONES static void add_products_##type(                                                \
         const STORED_##type *restrict gradient, const STORED_##type *restrict x,               \
         const float *restrict mean, const float *restrict factor,                              \
-        const float *restrict summand, float *restrict first, float *restrict second,          \
+        const float *restrict bias, float *restrict first, float *restrict second,             \
         int64_t rows, int64_t channels) {                                                      \
         for (int64_t r = 0; r < rows; ++r)                                                     \
             for (int64_t c = 0; c < channels; ++c) {                                           \
-                const float value = load_##type(x[r * channels + c]);                          \
-                const float z = value * factor[c] + summand[c];                                \
+                const float centred = load_##type(x[r * channels + c]) - mean[c];              \
+                const float z = centred * factor[c] + bias[c];                                 \
                 const float g = behind_relu(load_##type(gradient[r * channels + c]), z);       \
                 first[c] += g;                                                                 \
-                second[c] += g * (value - mean[c]);                                            \
+                second[c] += g * centred;                                                      \
             }                                                                                  \
     }                                                                                          \
                                                                                                \
@@ -196,16 +197,16 @@ enum { LANES = 16 };
     EVK_CLONES static void norm_backward_##type(                                               \
         const STORED_##type *restrict gradient, const STORED_##type *restrict x,               \
         const float *restrict mean, const float *restrict factor,                              \
-        const float *restrict summand, const float *restrict slope,                            \
+        const float *restrict bias, const float *restrict slope,                               \
         const float *restrict offset, STORED_##type *restrict result, int64_t rows,            \
         int64_t channels) {                                                                    \
         for (int64_t r = 0; r < rows; ++r)                                                     \
             for (int64_t c = 0; c < channels; ++c) {                                           \
-                const float value = load_##type(x[r * channels + c]);                          \
-                const float z = value * factor[c] + summand[c];                                \
+                const float centred = load_##type(x[r * channels + c]) - mean[c];              \
+                const float z = centred * factor[c] + bias[c];                                 \
                 const float g = behind_relu(load_##type(gradient[r * channels + c]), z);       \
-                result[r * channels + c] = store_##type(                                       \
-                    g * factor[c] + ((value - mean[c]) * slope[c] + offset[c]));               \
+                result[r * channels + c] =                                                     \
+                    store_##type(g * factor[c] + (centred * slope[c] + offset[c]));            \
             }                                                                                  \
     }
 
@@ -301,6 +302,139 @@ void evk_pool_backward(const void *gradient, const uint8_t *code, void *result, 
     share_out(spread_images, &task, images->images, threads);
 }
 
+/* One number for each of LANES channels. */
+typedef float vector __attribute__((vector_size(4 * LANES)));
+typedef int32_t integers __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef uint8_t small __attribute__((vector_size(LANES)));
+
+enum { TAPS = 9, BIAS = TAPS, WEIGHTS };
+
+/* Both for one pooled row and LANES channels; `x` are four rows of the padded image, `width` long,
+ * as they begin; the rest of an operand begins at the first of these channels. */
+#define CONVOLUTION(type, narrow)                                                              \
+    EVK_CLONES static void convolve_row_##type(                                                \
+        const float *x, int64_t width, const float *weights, BITS_##type *y, uint8_t *code,    \
+        int64_t pixels, int64_t channels) {                                                    \
+        for (int64_t i = 0; i < pixels; ++i, x += 2, y += channels, code += channels) {        \
+            integers largest = {0}, place = largest + EVK_NOWHERE;                             \
+            for (int k = 0; k < 4; ++k) {                                                      \
+                const float *corner = x + k / 2 * width + k % 2;                               \
+                vector sum = LOAD(vector, weights + BIAS * channels);                          \
+                for (int t = 0; t < TAPS; ++t)                                                 \
+                    sum += LOAD(vector, weights + t * channels) *                              \
+                           corner[t / 3 * width + t % 3];                                      \
+                integers bits = (integers)sum;                                                 \
+                const integers nan = (bits & MAGNITUDE_float32) > INFINITY_float32;            \
+                bits = (bits & ~nan) | (nan & NAN_float32);                                    \
+                bits = ROUNDED_##type(bits);                                                   \
+                const integers larger = bits > largest;                                        \
+                largest = (largest & ~larger) | (bits & larger);                               \
+                place = (place & ~larger) | (larger & k);                                      \
+            }                                                                                  \
+            const narrow stored = __builtin_convertvector(largest, narrow);                    \
+            const small chosen = __builtin_convertvector(place, small);                        \
+            memcpy(y, &stored, sizeof stored);                                                 \
+            memcpy(code, &chosen, sizeof chosen);                                              \
+        }                                                                                      \
+    }                                                                                          \
+                                                                                               \
+    EVK_CLONES static void convolve_row_backward_##type(                                       \
+        const STORED_##type *gradient, const uint8_t *code, const float *x, int64_t width,     \
+        float *sums, int64_t pixels, int64_t channels) {                                       \
+        vector sum[WEIGHTS];                                                                   \
+        for (int t = 0; t < WEIGHTS; ++t) sum[t] = LOAD(vector, sums + t * channels);          \
+        for (int64_t i = 0; i < pixels; ++i, x += 2, gradient += channels, code += channels) { \
+            const integers g = WIDENED_##type(LOAD(narrow, gradient));                         \
+            const integers place = __builtin_convertvector(LOAD(small, code), integers);       \
+            sum[BIAS] += (vector)(g & (place != EVK_NOWHERE));                                 \
+            for (int k = 0; k < 4; ++k) {                                                      \
+                const float *corner = x + k / 2 * width + k % 2;                               \
+                const vector mine = (vector)(g & (place == k));                                \
+                for (int t = 0; t < TAPS; ++t) sum[t] += mine * corner[t / 3 * width + t % 3]; \
+            }                                                                                  \
+        }                                                                                      \
+        for (int t = 0; t < WEIGHTS; ++t)                                                      \
+            memcpy(sums + t * channels, &sum[t], sizeof sum[t]);                               \
+    }
+
+#define LOAD(type, from)                                                                       \
+    (__extension__({                                                                           \
+        type loaded;                                                                           \
+        memcpy(&loaded, from, sizeof loaded);                                                  \
+        loaded;                                                                                \
+    }))
+
+/* Bits of positive floats, or of NaN, as they are stored; negative ones stay negative. */
+#define ROUNDED_float32(bits) (bits)
+#define ROUNDED_bfloat16(bits) (((bits) + 0x7fff + ((bits) >> 16 & 1)) >> 16)
+#define WIDENED_float32(bits) (bits)
+#define WIDENED_bfloat16(bits) (__builtin_convertvector(bits, integers) << 16)
+
+CONVOLUTION(float32, integers)
+CONVOLUTION(bfloat16, halves)
+
+typedef struct {
+    const float *x, *weights;
+    const void *gradient;
+    void *y;
+    uint8_t *code;
+    float *sums;
+    const evk_images *images;
+    int32_t format;
+} convolving;
+
+/* Pixels in each row of a padded image. */
+static int64_t padded_width(const evk_images *of) { return of->width + 2; }
+
+static void convolve_images(const void *task, int64_t first, int64_t end) {
+    const convolving *t = task;
+    const evk_images *of = t->images;
+    const int64_t rows = of->height / 2, pixels = of->width / 2, width = padded_width(of);
+    for (int64_t n = first; n < end; ++n)
+        for (int64_t h = 0; h < rows; ++h)
+            for (int64_t c = 0; c < of->channels; c += LANES) {
+                const int64_t at = (n * rows + h) * pixels * of->channels + c;
+                const float *x = t->x + (n * (of->height + 2) + 2 * h) * width;
+                CALL(t->format, convolve_row, x, width, t->weights + c,
+                     (void *)((char *)t->y + at * bytes(t->format)), t->code + at, pixels,
+                     of->channels);
+            }
+}
+
+void evk_convolve_pool(const float *x, const float *weights, void *y, uint8_t *code,
+                       const evk_images *images, int32_t format, int32_t threads) {
+    const convolving task = {.x = x, .weights = weights, .y = y, .code = code, .images = images,
+                             .format = format};
+    share_out(convolve_images, &task, images->images, threads);
+}
+
+static void convolve_images_backward(const void *task, int64_t first, int64_t end) {
+    const convolving *t = task;
+    const evk_images *of = t->images;
+    const int64_t rows = of->height / 2, pixels = of->width / 2, width = padded_width(of);
+    memset(t->sums + first * WEIGHTS * of->channels, 0,
+           (end - first) * WEIGHTS * of->channels * sizeof *t->sums);
+    for (int64_t n = first; n < end; ++n)
+        for (int64_t h = 0; h < rows; ++h)
+            for (int64_t c = 0; c < of->channels; c += LANES) {
+                const int64_t at = (n * rows + h) * pixels * of->channels + c;
+                const float *x = t->x + (n * (of->height + 2) + 2 * h) * width;
+                CALL(t->format, convolve_row_backward,
+                     (const void *)((const char *)t->gradient + at * bytes(t->format)),
+                     t->code + at, x, width, t->sums + n * WEIGHTS * of->channels + c, pixels,
+                     of->channels);
+            }
+}
+
+void evk_convolve_pool_backward(const void *gradient, const uint8_t *code, const float *x,
+                                float *sums, const evk_images *images, int32_t format,
+                                int32_t threads) {
+    const convolving task = {.x = x, .gradient = gradient, .code = (uint8_t *)code, .sums = sums,
+                             .images = images, .format = format};
+    share_out(convolve_images_backward, &task, images->images, threads);
+}
+
 typedef struct {
     const void *gradient;
     const void *x;
@@ -355,7 +489,7 @@ typedef struct {
 } norming;
 
 /* What each row of `saved` has. */
-enum { MEAN, INVERSE, FACTOR, SUMMAND };
+enum { MEAN, INVERSE, FACTOR, BETA };
 
 static int64_t parts_of(int64_t rows) { return (rows + EVK_NORM_ROWS - 1) / EVK_NORM_ROWS; }
 
@@ -384,7 +518,8 @@ static void scale_parts(const void *task, int64_t first, int64_t end) {
     const norming *t = task;
     for (int64_t part = first; part < end; ++part)
         CALL(t->format, scale_relu, part_of(t, t->x, part), part_of(t, t->y, part),
-             saved_row(t, FACTOR), saved_row(t, SUMMAND), rows_in(t, part), t->channels);
+             saved_row(t, MEAN), saved_row(t, FACTOR), saved_row(t, BETA), rows_in(t, part),
+             t->channels);
 }
 
 static void products_of_parts(const void *task, int64_t first, int64_t end) {
@@ -393,7 +528,7 @@ static void products_of_parts(const void *task, int64_t first, int64_t end) {
         float *sums = t->sums + part * 2 * t->channels;
         memset(sums, 0, 2 * t->channels * sizeof *sums);
         CALL(t->format, add_products, part_of(t, t->gradient, part), part_of(t, t->x, part),
-             saved_row(t, MEAN), saved_row(t, FACTOR), saved_row(t, SUMMAND), sums,
+             saved_row(t, MEAN), saved_row(t, FACTOR), saved_row(t, BETA), sums,
              sums + t->channels, rows_in(t, part), t->channels);
     }
 }
@@ -402,7 +537,7 @@ static void norm_backward_parts(const void *task, int64_t first, int64_t end) {
     const norming *t = task;
     for (int64_t part = first; part < end; ++part)
         CALL(t->format, norm_backward, part_of(t, t->gradient, part), part_of(t, t->x, part),
-             saved_row(t, MEAN), saved_row(t, FACTOR), saved_row(t, SUMMAND), t->slope, t->offset,
+             saved_row(t, MEAN), saved_row(t, FACTOR), saved_row(t, BETA), t->slope, t->offset,
              part_of(t, t->y, part), rows_in(t, part), t->channels);
 }
 
@@ -441,7 +576,7 @@ void evk_norm_relu(const void *x, void *y, const evk_norm *norm, float *saved, f
         saved[MEAN * channels + c] = (float)mean;
         saved[INVERSE * channels + c] = (float)inverse;
         saved[FACTOR * channels + c] = (float)(norm->weight[c] * inverse);
-        saved[SUMMAND * channels + c] = (float)(norm->bias[c] - mean * norm->weight[c] * inverse);
+        saved[BETA * channels + c] = norm->bias[c];
         norm->running_mean[c] += norm->momentum * ((float)mean - norm->running_mean[c]);
         norm->running_variance[c] +=
             norm->momentum * ((float)(squares / (double)(rows - 1)) - norm->running_variance[c]);

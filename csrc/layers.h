@@ -35,6 +35,20 @@ void evk_pool(const void *x, void *y, uint8_t *code, const evk_images *images,
 void evk_pool_backward(const void *gradient, const uint8_t *code, void *result, float *sums,
                        const evk_images *images, float scale, int32_t format, int32_t threads);
 
+/* Channels that the next two work on together; theirs must be a multiple of it. */
+enum { EVK_LANES = 16 };
+
+/* y = max of four(relu(convolution of x)), of grey images: x is float (images, height, width),
+ * padded by one zero on each side; `weights` float (10, channels): one row a tap of the 3 x 3, in
+ * reading order, and the bias. Nothing of the size of the convolution is ever in memory. */
+void evk_convolve_pool(const float *x, const float *weights, void *y, uint8_t *code,
+                       const evk_images *images, int32_t format, int32_t threads);
+
+/* What each image adds to the gradient of `weights`: `sums` is float (images, 10, channels). */
+void evk_convolve_pool_backward(const void *gradient, const uint8_t *code, const float *x,
+                                float *sums, const evk_images *images, int32_t format,
+                                int32_t threads);
+
 /* y = dropout(relu(y)), n elements. */
 void evk_relu(void *y, int64_t n, const evk_dropout *dropout, int32_t format, int32_t threads);
 
@@ -53,13 +67,13 @@ typedef struct {
 enum { EVK_NORM_ROWS = 256 };
 
 /* y = relu(batch_norm(x)) of x (rows, channels), rows > 1, with the statistics of the batch; moves
- * the running ones. `saved` is float (4, channels): mean, 1 / standard deviation, and the factor
- * and the summand that they make; `sums` is room for as
+ * the running ones. `saved` is float (4, channels): mean, 1 / standard deviation, that times
+ * weight, bias; `sums` is room for as
  * many floats as (ceil(rows / EVK_NORM_ROWS), 2, channels). */
 void evk_norm_relu(const void *x, void *y, const evk_norm *norm, float *saved, float *sums,
                    int64_t rows, int64_t channels, int32_t format, int32_t threads);
 
-/* The same with given statistics: only factors and summands of `saved` are read. */
+/* The same with given statistics: `saved` is read, except its second row. */
 void evk_scale_relu(const void *x, void *y, const float *saved, int64_t rows, int64_t channels,
                     int32_t format, int32_t threads);
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from evokernels import zoo
+from evokernels.evolution.baselines import BASELINES
 from evokernels.evolution.journal import JOURNAL
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -200,7 +201,7 @@ def test_a_genome_file_with_a_typo(command, tmp_path):
 
 def test_an_optimizer_that_does_not_exist(command, tmp_path):
     result = command("compare", "adaam", "--out", tmp_path / "out")
-    assert_one_line(result, "'adaam' is neither a genome file nor one of the zoo", "adamw")
+    assert_one_line(result, "'adaam' is neither a genome file nor one of ", "adamw", "lion")
 
 
 def test_a_missing_data_set(command, tmp_path, monkeypatch):
@@ -385,21 +386,70 @@ def test_ctrl_c_in_the_middle_of_long_training_ends_at_once_and_says_how_to_resu
     assert "Traceback" not in errors
 
 
-def test_compare_prints_and_writes_its_tables(command, tmp_path):
+COMPARE = (
+    *("--tasks", "fashion_mnist_mini", "--steps", "2", "--seeds", "0", "1", "--workers", "1"),
+    *("--train-samples", "64", "--batch-size", "32"),
+)
+
+
+def test_compare_prints_and_writes_its_tables_and_goes_on(command, tmp_path):
     path = tmp_path / "mine.json"
     zoo.evolved_2025.save(path)
-    code, out, _ = command(
-        *("compare", "adam", path, "--tasks", "fashion_mnist_mini", "--steps", "2"),
-        *("--seeds", "0", "1", "--train-samples", "64", "--batch-size", "32"),
-        *("--workers", "1", "--out", tmp_path / "out"),
-    )
+    folder = tmp_path / "out"
+    tuned = *COMPARE, "--tune", "2", "--validation-samples", "64", "--out", folder
+    code, out, _ = command("compare", "lion", path, *tuned)
     assert code == 0
-    assert "| optimizer" in out
+    assert f"The comparison in {folder} is complete: 2 steps" in out
+    assert "2 trials of each optimizer on seed 10000" in out
+    assert "64 validation samples" in out
     assert f"| {path} " in out
-    assert (tmp_path / "out" / "comparison.png").stat().st_size > 5000
-    with (tmp_path / "out" / "comparison.csv").open() as file:
-        runs = list(csv.DictReader(file))
-    assert [(run["optimizer"], run["seed"]) for run in runs] == [
-        *(("adam", "0"), ("adam", "1"), (str(path), "0"), (str(path), "1"))
+    assert (folder / "comparison.png").stat().st_size > 5000
+    table = (folder / "comparison.csv").read_bytes()
+    runs = list(csv.DictReader(table.decode().splitlines()))
+    assert [(run["optimizer"], run["tuned"], run["seed"]) for run in runs] == [
+        (name, answer, seed)
+        for answer in ("no", "yes")
+        for name in ("lion", str(path))
+        for seed in ("0", "1")
     ]
     assert all(0 < float(run["accuracy"]) < 1 for run in runs)
+
+    code, again, err = command("compare", "lion", path, *tuned)
+    assert (code, err) == (0, "")
+    assert again == out.replace("is complete", "was complete already")
+    assert (folder / "comparison.csv").read_bytes() == table
+
+
+def test_compare_all_is_every_name_once(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    script = importlib.import_module("compare")
+    contests = []
+    monkeypatch.setattr(
+        script, "compare", lambda contest, *args, **kwargs: contests.append(contest)
+    )
+    monkeypatch.setattr(script, "summary", lambda *args: "")
+    script.run(script.parse(["adam", "all", *COMPARE]))
+    script.run(script.parse([*COMPARE, "--tune", "3", "--precision", "float32"]))
+    everything, default = contests
+    assert set(everything.optimizers) == {*zoo.GENOMES, *BASELINES}
+    assert next(iter(everything.optimizers)) == "adam"
+    assert everything.optimizers["lion"] == BASELINES["lion"]
+    assert (everything.trials, everything.conditions.validation_samples) == (0, 0)
+    assert default.optimizers == zoo.GENOMES
+    assert (default.trials, default.conditions.validation_samples) == (3, 5000)
+    assert default.conditions.precision == "float32"
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "expected"),
+    [
+        ("auto", "cpu", "the best"),
+        ("float32", "cpu", "float32"),
+        ("bfloat16", "cpu", "bfloat16"),
+    ],
+)
+def test_auto_is_the_best_precision(monkeypatch, given, device, expected):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    commandline = importlib.import_module("commandline")
+    monkeypatch.setattr(commandline, "best_precision", lambda place: ("the best", "because"))
+    assert commandline.resolved_precision(given, device) == expected

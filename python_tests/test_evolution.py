@@ -16,7 +16,6 @@ from evokernels import zoo
 from evokernels.compiler.canonical import canonical_key
 from evokernels.errors import DatasetError, JournalError, SettingsError
 from evokernels.evolution import evaluator, journal, pool
-from evokernels.evolution.comparison import Comparison, Estimate, Row, compare
 from evokernels.evolution.evaluator import EVALUATION_VERSION, evaluate
 from evokernels.evolution.fitness import diverged, final_loss, genome_score, run_fitness
 from evokernels.evolution.journal import JOURNAL, Entry, open_journal
@@ -446,57 +445,6 @@ def test_an_entry_comes_back_as_it_was(tmp_path):
         assert journal.find(entry.key, MINI, 8, Purpose.REPORT) is None
         assert journal.find(entry.key, MINI, 7, Purpose.SEARCH) is None
         assert len(journal) == 1
-
-
-# The comparison
-
-
-def test_estimates_by_hand():
-    assert Estimate.of([1.0, 2.0, 3.0]) == Estimate(2.0, pytest.approx(1 / math.sqrt(3)))
-    assert str(Estimate.of([0.5, 0.7])) == "0.6000 ± 0.1000"
-    assert str(Estimate.of([0.5])) == "0.5000"
-
-
-def test_tables_by_hand():
-    def outcome(fitness):
-        return Outcome(Status.OK, fitness, fitness / 2, 0.1, 10, 1.0, "digest")
-
-    rows = [
-        Row(name, task, seed, outcome(fitness + 0.1 * seed))
-        for name, task, fitness in (
-            ("a", "x", 0.2),
-            ("a", "y", 0.4),
-            ("bc", "x", 0),
-            ("bc", "y", 1),
-        )
-        for seed in (0, 1)
-    ]
-    assert (
-        Comparison(rows).tables()
-        == """\
-| optimizer | overall fitness |   test accuracy |
-|-----------|----------------:|----------------:|
-| a         | 0.3500 ± 0.0500 | 0.1750 ± 0.0250 |
-| bc        | 0.5500 ± 0.0500 | 0.2750 ± 0.0250 |
-
-| optimizer |    fitness on x |    fitness on y |
-|-----------|----------------:|----------------:|
-| a         | 0.2500 ± 0.0500 | 0.4500 ± 0.0500 |
-| bc        | 0.0500 ± 0.0500 | 1.0500 ± 0.0500 |"""
-    )
-
-
-def test_compare_trains_each_optimizer_with_each_seed(training):
-    calls: list[tuple[int, int]] = []
-    genomes = {"adam": zoo.adam, "again": zoo.adam, "rmsprop": zoo.rmsprop}
-    with open_pool(CONDITIONS, workers=1, threads=1) as workers:
-        result = compare(
-            workers, genomes, [MINI], [4, 5], lambda done, expected: calls.append((done, expected))
-        )
-    assert len(result.csv().splitlines()) == 7
-    assert result.overall_fitness("adam") == result.overall_fitness("again")
-    assert len(training.trials) == 4
-    assert calls == [(done, 4) for done in range(5)]
 
 
 def test_a_pool_of_one_leaves_the_number_of_threads(training):

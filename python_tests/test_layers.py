@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "search": {"genome", "errors", "zoo", "numpy"},
     "evolution": {
         *("search", "optim", "tasks", "compiler", "genome", "zoo", "errors"),
-        *("torch", "numpy", "matplotlib", "tqdm"),
+        *("torch", "numpy", "matplotlib", "tqdm", "pytorch_optimizer"),
     },
     # public names and nothing else, so nothing from outside
     PUBLIC: {

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 from evokernels.compiler.expr import Symbol, compiled, cospi, minimum
-from evokernels.genome import Genome
 
-__all__ = ["FACTOR", "learning_rate_factor", "schedule_lengths", "t", "total_steps", "warmup_steps"]
+__all__ = [
+    "FACTOR",
+    "Scheduled",
+    "learning_rate_factor",
+    "schedule_lengths",
+    "t",
+    "total_steps",
+    "warmup_steps",
+]
 
 t, warmup_steps, total_steps = (
     Symbol(name, per_element=False) for name in ("t", "warmup_steps", "total_steps")
@@ -22,20 +30,28 @@ FACTOR = minimum(1.0, t / warmup_steps) * (
 _factor = compiled(FACTOR)
 
 
-def schedule_lengths(genome: Genome, total: int | None) -> dict[str, float]:
-    """The lengths that `FACTOR` reads, those at which it is 1 where a genome has no schedule.
+class Scheduled(Protocol):
+    """The fields of a genome that make its schedule; baselines have them too."""
+
+    use_warmup: bool
+    warmup_steps: int
+    use_cosine_decay: bool
+
+
+def schedule_lengths(scheduled: Scheduled, total: int | None) -> dict[str, float]:
+    """The lengths that `FACTOR` reads, those at which it is 1 where there is no schedule.
 
     Args:
-        total: length of the training in steps; read only where the genome decays by cosine.
+        total: length of the training in steps; read only where the rate decays by cosine.
     """
     return {
-        "warmup_steps": float(max(genome.warmup_steps, 1)) if genome.use_warmup else 1.0,
-        "total_steps": float(total) if genome.use_cosine_decay else math.inf,
+        "warmup_steps": float(max(scheduled.warmup_steps, 1)) if scheduled.use_warmup else 1.0,
+        "total_steps": float(total) if scheduled.use_cosine_decay else math.inf,
     }
 
 
-def learning_rate_factor(genome: Genome, step: int, total: int | None) -> float:
+def learning_rate_factor(scheduled: Scheduled, step: int, total: int | None) -> float:
     """The factor on the learning rate at ``step`` (0 for the first one), as `FACTOR` says."""
-    if not (genome.use_warmup or genome.use_cosine_decay):
+    if not (scheduled.use_warmup or scheduled.use_cosine_decay):
         return 1.0
-    return _factor(t=step + 1.0, **schedule_lengths(genome, total))[0]
+    return _factor(t=step + 1.0, **schedule_lengths(scheduled, total))[0]

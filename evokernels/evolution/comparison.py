@@ -9,11 +9,12 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from evokernels.evolution.pool import Pool
-from evokernels.evolution.trial import Outcome, Trial
+from evokernels.evolution.baselines import Baseline, hessian_passes
+from evokernels.evolution.trial import Outcome, Purpose, Trial
+from evokernels.evolution.tuning import setting
 from evokernels.genome import Genome
 
-__all__ = ["Comparison", "Estimate", "Row", "compare"]
+__all__ = ["Comparison", "Estimate", "Row", "table"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,123 +41,160 @@ class Estimate:
 class Row:
     """One training run of a named optimizer."""
 
-    optimizer: str
-    task: str
-    seed: int
+    name: str
+    trial: Trial
     outcome: Outcome
+
+    @property
+    def test_accuracy(self) -> float:
+        """On the test split; a run that was not measured classified nothing correctly."""
+        end = self.outcome
+        return (end.accuracy if end.test_accuracy is None else end.test_accuracy) or 0.0
+
+    @property
+    def hessian_passes(self) -> int:
+        """Passes through the network beside the one of each step."""
+        return hessian_passes(self.trial.optimizer, self.outcome.steps)
 
 
 class Comparison:
-    """Runs of several optimizers on the same tasks with the same seeds.
+    """Runs of several optimizers on the same tasks with the same seeds, judged on the test split.
 
     Args:
-        rows: one for each optimizer, task and seed; their order gives the order of the tables.
+        rows: one for each name, task and seed; their order gives the order of the tables.
     """
 
     @classmethod
     def of(
         cls,
-        genomes: Mapping[str, Genome],
+        optimizers: Mapping[str, Genome | Baseline],
         tasks: Sequence[str],
         seeds: Sequence[int],
         outcome: Callable[[Trial], Outcome],
     ) -> Comparison:
-        """Of every named genome on every task with every seed, as looked up in ``outcome``."""
+        """Of every named optimizer on every task with every seed, as looked up in ``outcome``."""
         return cls(
             [
-                Row(name, task, seed, outcome(Trial(genome, task, seed)))
-                for name, genome in genomes.items()
-                for task in tasks
-                for seed in seeds
+                Row(name, trial, outcome(trial))
+                for name, optimizer in optimizers.items()
+                for trial in cls.trials([optimizer], tasks, seeds)
             ]
         )
 
+    @staticmethod
+    def trials(
+        optimizers: Iterable[Genome | Baseline], tasks: Sequence[str], seeds: Sequence[int]
+    ) -> list[Trial]:
+        """The training runs that a comparison is made of."""
+        return [
+            Trial(optimizer, task, seed, Purpose.REPORT)
+            for optimizer in optimizers
+            for task in tasks
+            for seed in seeds
+        ]
+
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = tuple(rows)
-        self.optimizers = tuple(dict.fromkeys(row.optimizer for row in rows))
-        self.tasks = tuple(dict.fromkeys(row.task for row in rows))
-        self.seeds = tuple(dict.fromkeys(row.seed for row in rows))
-        self._outcomes = {(row.optimizer, row.task, row.seed): row.outcome for row in rows}
+        self.optimizers = tuple(dict.fromkeys(row.name for row in rows))
+        self.tasks = tuple(dict.fromkeys(row.trial.task for row in rows))
+        self.seeds = tuple(dict.fromkeys(row.trial.seed for row in rows))
+        self._rows = {(row.name, row.trial.task, row.trial.seed): row for row in rows}
 
-    def task_fitness(self, optimizer: str, task: str) -> Estimate:
+    def task_fitness(self, name: str, task: str) -> Estimate:
         """Mean fitness on one task over the seeds."""
-        return Estimate.of(self._outcomes[optimizer, task, seed].fitness for seed in self.seeds)
+        return Estimate.of(self._rows[name, task, seed].outcome.test_fitness for seed in self.seeds)
 
-    def overall_fitness(self, optimizer: str) -> Estimate:
+    def overall_fitness(self, name: str) -> Estimate:
         """Mean over the seeds of the mean over the tasks."""
-        return Estimate.of(
-            statistics.fmean(self._outcomes[optimizer, task, seed].fitness for task in self.tasks)
-            for seed in self.seeds
-        )
+        return self._overall(name, lambda row: row.outcome.test_fitness)
 
-    def overall_accuracy(self, optimizer: str) -> Estimate:
-        """Like `overall_fitness`; a diverged run counts as no image classified correctly."""
-        return Estimate.of(
-            statistics.fmean(
-                self._outcomes[optimizer, task, seed].accuracy or 0.0 for task in self.tasks
-            )
-            for seed in self.seeds
-        )
+    def overall_accuracy(self, name: str) -> Estimate:
+        """Like `overall_fitness`; a diverged run counts as nothing classified correctly."""
+        return self._overall(name, lambda row: row.test_accuracy)
 
-    def tables(self) -> str:
-        """In Markdown: overall, then per task where there are several tasks."""
-        overall = _table(
-            ("optimizer", "overall fitness", "test accuracy"),
+    def gradient_passes(self, name: str) -> str:
+        """Passes through the network in the longest run: one a step, then those beside them."""
+        longest = max(
+            (row for row in self.rows if row.name == name), key=lambda row: row.outcome.steps
+        )
+        extra = longest.hessian_passes
+        return f"{longest.outcome.steps} + {extra}" if extra else str(longest.outcome.steps)
+
+    def tables(self, tuned: Comparison | None = None) -> str:
+        """In Markdown: overall, then per task where there are several tasks.
+
+        Args:
+            tuned: the same optimizers tuned, for a column beside each.
+        """
+        versions = [self] if tuned is None else [self, tuned]
+
+        def columns(title: str) -> list[str]:
+            return [title] if tuned is None else [title, "tuned"]
+
+        overall = table(
             [
-                (name, str(self.overall_fitness(name)), str(self.overall_accuracy(name)))
+                "optimizer",
+                *columns("overall fitness"),
+                *columns("test accuracy"),
+                "gradient passes",
+            ],
+            [
+                (
+                    name,
+                    *(str(version.overall_fitness(name)) for version in versions),
+                    *(str(version.overall_accuracy(name)) for version in versions),
+                    self.gradient_passes(name),
+                )
                 for name in self.optimizers
             ],
         )
         if len(self.tasks) == 1:
             return overall
-        per_task = _table(
-            ("optimizer", *(f"fitness on {task}" for task in self.tasks)),
+        titles = (title for task in self.tasks for title in columns(f"fitness on {task}"))
+        per_task = table(
+            ["optimizer", *titles],
             [
-                (name, *(str(self.task_fitness(name, task)) for task in self.tasks))
+                (
+                    name,
+                    *(
+                        str(version.task_fitness(name, task))
+                        for task in self.tasks
+                        for version in versions
+                    ),
+                )
                 for name in self.optimizers
             ],
         )
         return f"{overall}\n\n{per_task}"
 
-    def csv(self) -> str:
-        """Every run as one line; no wall-clock times, so that equal results are equal files."""
+    def csv(self, tuned: Comparison | None = None) -> str:
+        """Every run as one line, those of ``tuned`` behind the others.
+
+        Fitness and accuracy are of the test split. No wall-clock times, so that equal results are
+        equal files.
+        """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(
-            ("optimizer", "task", "seed", "status", "fitness", "accuracy", "final_loss", "steps")
-        )
-        for row in self.rows:
-            end = row.outcome
-            measured = (end.status.value, end.fitness, end.accuracy, end.final_loss, end.steps)
-            writer.writerow((row.optimizer, row.task, row.seed, *measured))
+        measured = "fitness", "accuracy", "final_loss", "steps", "gradient_passes"
+        writer.writerow(("optimizer", "tuned", "setting", "task", "seed", "status", *measured))
+        for version, answer in ((self, "no"), (tuned, "yes")):
+            for row in version.rows if version else ():
+                trial, end = row.trial, row.outcome
+                accuracy = None if end.accuracy is None else row.test_accuracy
+                passes = end.steps + row.hessian_passes
+                measured = end.test_fitness, accuracy, end.final_loss, end.steps, passes
+                what = row.name, answer, setting(trial.optimizer), trial.task, trial.seed
+                writer.writerow((*what, end.status.value, *measured))
         return text.getvalue()
 
-
-def compare(
-    pool: Pool,
-    genomes: Mapping[str, Genome],
-    tasks: Sequence[str],
-    seeds: Sequence[int],
-    on_progress: Callable[[int, int], object],
-) -> Comparison:
-    """Train every genome on every task with every seed.
-
-    Args:
-        on_progress: called at the start and after every training run with the number of runs
-            made and the number of all runs; genomes that are equal share theirs.
-    """
-    trials = dict.fromkeys(
-        Trial(genome, task, seed) for genome in genomes.values() for task in tasks for seed in seeds
-    )
-    outcomes: dict[Trial, Outcome] = {}
-    on_progress(0, len(trials))
-    for trial, outcome in pool.run(trials):
-        outcomes[trial] = outcome
-        on_progress(len(outcomes), len(trials))
-    return Comparison.of(genomes, tasks, seeds, outcomes.__getitem__)
+    def _overall(self, name: str, value: Callable[[Row], float]) -> Estimate:
+        return Estimate.of(
+            statistics.fmean(value(self._rows[name, task, seed]) for task in self.tasks)
+            for seed in self.seeds
+        )
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table: names to the left, numbers to the right, columns aligned."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 

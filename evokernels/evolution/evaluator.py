@@ -1,7 +1,8 @@
-"""Train one network with one genome and say how it went.
+"""Train one network with one optimizer and say how it went.
 
 Runs with the same seed share everything but the optimizer: initial weights, order of the batches,
-augmentation and dropout (common random numbers), so that their difference is the optimizers'.
+augmentation and dropout (common random numbers), so that their difference is the optimizers'. Only
+where second derivatives are needed is dropout another, since it must be torch's own.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import time
 
 import torch
 
+from evokernels.evolution.baselines import Baseline, build_optimizer, hessian_passes
 from evokernels.evolution.devices import CudaGraph, find_device, keep_memory, reproducible
 from evokernels.evolution.fitness import DIVERGED_FITNESS, Hurdle, diverged, final_loss, run_fitness
 from evokernels.evolution.precision import computing
 from evokernels.evolution.training import LAYOUT, logits, train, train_on_device
 from evokernels.evolution.trial import Conditions, Outcome, Purpose, Trial
-from evokernels.optim import FusedEvolvedOptimizer
 from evokernels.search.score import Status
 from evokernels.tasks import (
     Batches,
@@ -64,7 +65,8 @@ def evaluate(trial: Trial, conditions: Conditions, data: TaskData, device: str =
     keep_memory()
     with reproducible(place, trial.seed):  # initial weights, then dropout
         model = get_task(trial.task).model(data.classes).to(device=place, memory_format=LAYOUT)
-        model = computing(model, place, conditions.precision)
+        twice = hessian_passes(trial.optimizer, conditions.steps) > 0
+        model = computing(model, place, conditions.precision, plain=twice)
         losses = _train(model, trial, conditions, copied, hurdle)
         if diverged(losses[-1]):
             status, fitness, steps = Status.DIVERGED, DIVERGED_FITNESS, len(losses) - 1
@@ -88,15 +90,16 @@ def _train(
     hurdle: Hurdle | None,
 ) -> list[float]:
     """The loss before each step; ends with the first loss that counts as diverged, or early."""
-    optimizer = FusedEvolvedOptimizer(
-        model.parameters(), trial.optimizer, total_steps=conditions.steps
-    )
+    optimizer = build_optimizer(trial.optimizer, model, conditions.steps)
     settings = conditions.batch_size, conditions.steps, trial.seed
     if data.device.type == "cpu":
         return train(model, optimizer, training_batches(data, *settings), hurdle)
-    draws = stack_draws(data.draw_batches(*settings)).map(lambda drawn: drawn.to(data.device))
+    draws = (draw.map(lambda drawn: drawn.to(data.device)) for draw in data.draw_batches(*settings))
+    batches = Batches(data)
+    if isinstance(trial.optimizer, Baseline):  # most of them ask the device for numbers in a step
+        return train(model, optimizer, map(batches.training, draws), hurdle)
     graph = CudaGraph(data.device)
-    return train_on_device(model, optimizer, Batches(data), draws, graph, hurdle)
+    return train_on_device(model, optimizer, batches, stack_draws(draws), graph, hurdle)
 
 
 @torch.inference_mode()

@@ -259,9 +259,8 @@ def _portable(error: Exception) -> Exception:
     note = f"in a worker process:\n{''.join(traceback.format_exception(error))}"
     with contextlib.suppress(Exception):  # whatever its own methods of pickling may raise
         copy = pickle.loads(pickle.dumps(error))
-        if type(copy) is type(error):
-            copy.add_note(note)
-            return copy
+        copy.add_note(note)
+        return copy
     other = RuntimeError(f"{type(error).__name__}: {error}")
     other.add_note(note)
     return other

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from evokernels.errors import JournalError
+from evokernels.evolution.baselines import Baseline, optimizer_from_json
 from evokernels.evolution.schema import SCHEMA, SCHEMA_VERSION
 from evokernels.evolution.trial import Outcome, Purpose, Trial
 from evokernels.genome import Genome
@@ -44,7 +45,7 @@ class Entry:
     Attributes:
         generation: of the search; None after it.
         place: in that generation; None after the search.
-        key: `evokernels.compiler.canonical.canonical_key` of the genome.
+        key: `evokernels.evolution.baselines.optimizer_key` of the optimizer.
     """
 
     generation: int | None
@@ -341,13 +342,13 @@ def _connect(path: pathlib.Path, mode: str) -> sqlite3.Connection:
     )
 
 
-def _json(genome: Genome) -> str:
-    return json.dumps(genome.to_dict(), allow_nan=False)
+def _json(optimizer: Genome | Baseline) -> str:
+    return json.dumps(optimizer.to_dict(), allow_nan=False)
 
 
 def _entry(row: tuple) -> Entry:
     generation, place, genome, key, task, seed, purpose, status, *measured = row
-    trial = Trial(Genome.from_json(genome), task, seed, Purpose(purpose))
+    trial = Trial(optimizer_from_json(genome), task, seed, Purpose(purpose))
     return Entry(generation, place, key, trial, Outcome(Status(status), *measured))
 
 

@@ -6,6 +6,7 @@ import pathlib
 import re
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from evokernels.errors import SettingsError
 from evokernels.tasks import ConvNet, NativeNetwork
@@ -40,7 +41,7 @@ def computing(
         model: on ``device``.
         device: where it is.
         precision: "float32" or "bfloat16".
-        plain: torch's own operations alone, for whoever needs second derivatives.
+        plain: only operations that have second derivatives, for whoever needs those.
 
     Raises:
         SettingsError: another precision.
@@ -49,9 +50,24 @@ def computing(
     if precision not in PRECISIONS:
         raise SettingsError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     dtype = PRECISIONS[precision]
-    if device.type == "cpu" and isinstance(model, ConvNet) and not plain:
+    if plain:
+        model = TwiceDifferentiable(model)
+    elif device.type == "cpu" and isinstance(model, ConvNet):
         return NativeNetwork(model, dtype)
     return model if dtype is torch.float32 else Autocast(model, device.type, dtype)
+
+
+class TwiceDifferentiable(torch.nn.Module):
+    """A model whose attention is computed step by step: fused, it has first derivatives only."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """What the model returns."""
+        with sdpa_kernel(SDPBackend.MATH):
+            return self.model(x)
 
 
 class Autocast(torch.nn.Module):

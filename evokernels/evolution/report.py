@@ -131,43 +131,57 @@ def plot_history(folder: pathlib.Path, history: Sequence[Generation]) -> None:
     _save(figure, folder / EVOLUTION_PLOT)
 
 
-def write_comparison(folder: pathlib.Path, comparison: Comparison) -> None:
+def write_comparison(
+    folder: pathlib.Path, comparison: Comparison, tuned: Comparison | None = None
+) -> None:
     """Write ``comparison.csv`` and ``comparison.png``; raises JournalError if it cannot."""
-    write_atomically(folder / COMPARISON_TABLE, comparison.csv().encode())
-    _plot_comparison(folder / COMPARISON_PLOT, comparison)
+    write_atomically(folder / COMPARISON_TABLE, comparison.csv(tuned).encode())
+    _plot_comparison(folder / COMPARISON_PLOT, comparison, tuned)
 
 
-def _plot_comparison(path: pathlib.Path, comparison: Comparison) -> None:
-    """A bar chart: fitness of each optimizer on each task and overall, ± standard error."""
+def _plot_comparison(path: pathlib.Path, comparison: Comparison, tuned: Comparison | None) -> None:
+    """Bar charts: fitness of each optimizer on each task and overall, ± standard error.
+
+    One chart, or one above the other: as they were given, and tuned.
+    """
+    import matplotlib  # here, as in `_figure`
+
+    versions = [comparison] if tuned is None else [comparison, tuned]
     groups = [*comparison.tasks, "overall"] if len(comparison.tasks) > 1 else comparison.tasks
     count = len(comparison.optimizers)
     width = 0.8 / count
     # a genome file by its name and folder, so that a long path leaves room for the bars
     labels = ["/".join(pathlib.PurePath(name).parts[-2:]) for name in comparison.optimizers]
     legend_width = 0.7 + 0.09 * max(map(len, labels))
-    figure = _figure(1.5 + 0.4 * len(groups) * max(count, 3) + legend_width, 3.6)
-    axes = figure.add_subplot()
-    for place, optimizer in enumerate(comparison.optimizers):
-        estimates = [
-            comparison.overall_fitness(optimizer)
-            if group == "overall"
-            else comparison.task_fitness(optimizer, group)
-            for group in groups
-        ]
-        centres = [group + (place - (count - 1) / 2) * width for group in range(len(groups))]
-        axes.bar(
-            centres,
-            [estimate.mean for estimate in estimates],
-            width=0.92 * width,
-            yerr=[estimate.error for estimate in estimates],
-            capsize=2,
-            label=labels[place],
-        )
-    axes.set_xticks(range(len(groups)), groups)
-    axes.set_ylabel("fitness (mean ± standard error over seeds)")
-    axes.axhline(0.0, color="black", linewidth=0.8)
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
+    wide = 1.5 + 0.4 * len(groups) * max(count, 3) + legend_width
+    figure = _figure(wide, 3.6 * len(versions))
+    colours = matplotlib.color_sequences["tab20"]  # the usual ones repeat after ten
+    for row, (version, title) in enumerate(zip(versions, ("untuned", "tuned"), strict=False), 1):
+        axes = figure.add_subplot(len(versions), 1, row)
+        for place, name in enumerate(version.optimizers):
+            estimates = [
+                version.overall_fitness(name)
+                if group == "overall"
+                else version.task_fitness(name, group)
+                for group in groups
+            ]
+            centres = [group + (place - (count - 1) / 2) * width for group in range(len(groups))]
+            axes.bar(
+                centres,
+                [estimate.mean for estimate in estimates],
+                width=0.92 * width,
+                yerr=[estimate.error for estimate in estimates],
+                capsize=2,
+                color=colours[place % len(colours)],
+                label=labels[place] if row == 1 else None,
+            )
+        axes.set_xticks(range(len(groups)), groups)
+        axes.set_ylabel("fitness (mean ± standard error over seeds)")
+        axes.axhline(0.0, color="black", linewidth=0.8)
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+        if tuned is not None:
+            axes.set_title(title)
     figure.legend(loc="outside right upper")
     _save(figure, path)
 

@@ -18,7 +18,6 @@ from evokernels.evolution.ledger import Cost, read_ledger
 from evokernels.evolution.pool import open_pool
 from evokernels.evolution.rounds import Rounds
 from evokernels.evolution.settings import RunSettings
-from evokernels.evolution.trial import Outcome, Purpose, Trial
 from evokernels.evolution.winner import Winner, choose_winner, measure_winner
 from evokernels.search.genetic import GeneticSearch, Scored, State
 
@@ -157,21 +156,11 @@ class _Run:
         """The winner and others on seeds that neither search nor final has seen."""
         optimizers = {"evolved": best.genome, **CONTENDERS}
         tasks, seeds = self.settings.tasks, self.settings.fresh_seeds
+        trials = Comparison.trials(optimizers.values(), tasks, seeds)
         self.evaluations.make(
-            [
-                Request.after_search(Trial(genome, task, seed, Purpose.REPORT))
-                for genome in optimizers.values()
-                for task in tasks
-                for seed in seeds
-            ],
-            self._audits(),
-            "comparison on fresh seeds",
+            map(Request.after_search, trials), self._audits(), "comparison on fresh seeds"
         )
-
-        def reported(trial: Trial) -> Outcome:
-            return self.evaluations.outcome(dataclasses.replace(trial, purpose=Purpose.REPORT))
-
-        return Comparison.of(optimizers, tasks, seeds, reported)
+        return Comparison.of(optimizers, tasks, seeds, self.evaluations.outcome)
 
     def _still_to_come(self, generation: int) -> int:
         """Training runs after ``generation``, if no two children are one optimizer and none is

@@ -52,10 +52,18 @@ def train(
 
     A hurdle that is not taken ends it too, after its step.
 
+    Args:
+        model: on the device of the batches.
+        optimizer: of its parameters. Where it has a function ``backward`` of the loss, that takes
+            the place of the loss's own: Sophia differentiates some gradients once more.
+        batches: x and y of each step.
+        hurdle: None where there is none.
+
     Returns:
         The loss before each step.
     """
     losses: list[float] = []
+    backward = getattr(optimizer, "backward", torch.Tensor.backward)
     model.train()
     for x, y in batches:
         loss = _loss(model, x, y)
@@ -63,7 +71,7 @@ def train(
         if diverged(losses[-1]):
             break
         optimizer.zero_grad()
-        loss.backward()
+        backward(loss)
         optimizer.step()
         if hurdle and hurdle.fails(losses):
             break

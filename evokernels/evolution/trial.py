@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 
+from evokernels.evolution.baselines import Baseline
 from evokernels.evolution.fitness import run_fitness
 from evokernels.genome import Genome
 from evokernels.search.score import Status
@@ -24,7 +25,7 @@ class Purpose(enum.Enum):
 class Trial:
     """One training run: what is trained, on what (task), with which randomness (seed), and why."""
 
-    optimizer: Genome
+    optimizer: Genome | Baseline
     task: str
     seed: int
     purpose: Purpose = Purpose.SEARCH

@@ -100,6 +100,8 @@ def library() -> ctypes.CDLL:
     layers = {
         "evk_pool": (pointer, pointer, pointer, pointer, pointer, int32, int32),
         "evk_pool_backward": (*(pointer,) * 5, ctypes.c_float, int32, int32),
+        "evk_convolve_pool": (*(pointer,) * 5, int32, int32),
+        "evk_convolve_pool_backward": (*(pointer,) * 5, int32, int32),
         "evk_relu": (pointer, int64, pointer, int32, int32),
         "evk_relu_backward": (*(pointer,) * 3, int64, ctypes.c_float, int32, int32),
         "evk_norm_relu": (*(pointer,) * 5, int64, int64, int32, int32),

@@ -23,6 +23,7 @@ from evokernels.tasks.models import ConvNet
 __all__ = ["NativeNetwork"]
 
 NORM_ROWS = 256  # EVK_NORM_ROWS
+LANES = 16  # EVK_LANES
 RANDOM_STEPS = 2**16  # of the 16 random bits of an element
 
 
@@ -42,7 +43,7 @@ class Dropout(ctypes.Structure):
     )
 
     @classmethod
-    def of(cls, module: nn.Dropout | None) -> Dropout:
+    def of(cls, module: nn.Dropout | None = None) -> Dropout:
         """Of a module as it is now, with a seed from torch's default generator.
 
         The probability is that of the module, rounded to a multiple of 2**-16; what is kept is
@@ -73,7 +74,7 @@ class NativeNetwork(nn.Module):
 
     Args:
         network: of convolutions (3×3, padded by 1), batch norms, relu, pooling (2×2), dropout,
-            flattening and linear layers, in an order of which ``PATTERNS`` has all pieces.
+            flattening and linear layers, in an order of which ``OPERATIONS`` has all pieces.
         dtype: float32 or bfloat16: of activations, and of the weights in products.
 
     Raises:
@@ -84,12 +85,11 @@ class NativeNetwork(nn.Module):
         super().__init__()
         native.library()
         self.network = network
-        self._dtype = dtype
-        self._operations = _operations([*network.features, *network.classifier])
+        self._operations = _operations([*network.features, *network.classifier], dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits float32 (N, 10) of images on the CPU."""
-        x = x.to(self._dtype, memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last)
         for operation in self._operations:
             x = operation(x)
         return x.float()
@@ -98,49 +98,15 @@ class NativeNetwork(nn.Module):
 Operation = Callable[[torch.Tensor], torch.Tensor]
 Gradients = tuple[torch.Tensor | None, ...]
 
-# Each operation by the modules that it stands for; the first that fits is taken.
-PATTERNS: tuple[tuple[tuple[type[nn.Module], ...], Callable[..., Operation]], ...] = (
-    (
-        (nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Dropout),
-        lambda conv, _relu, _pool, dropout: (
-            lambda x: ConvPool.apply(x, conv.weight, conv.bias, Dropout.of(dropout))
-        ),
-    ),
-    (
-        (nn.Conv2d, nn.ReLU, nn.MaxPool2d),
-        lambda conv, _relu, _pool: (
-            lambda x: ConvPool.apply(x, conv.weight, conv.bias, Dropout.of(None))
-        ),
-    ),
-    (
-        (nn.Conv2d, nn.BatchNorm2d, nn.ReLU),
-        lambda conv, norm, _relu: (
-            lambda x: ConvNorm.apply(x, conv.weight, conv.bias, norm.weight, norm.bias, norm)
-        ),
-    ),
-    ((nn.Flatten,), lambda _flatten: lambda x: x.flatten(1)),
-    (
-        (nn.Linear, nn.ReLU, nn.Dropout),
-        lambda linear, _relu, dropout: (
-            lambda x: LinearReLU.apply(x, linear.weight, linear.bias, Dropout.of(dropout))
-        ),
-    ),
-    (
-        (nn.Linear,),
-        lambda linear: (
-            lambda x: nn.functional.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype))
-        ),
-    ),
-)
 
-
-def _operations(modules: Sequence[nn.Module]) -> list[Operation]:
+def _operations(modules: Sequence[nn.Module], dtype: torch.dtype) -> list[Operation]:
+    """What stands for these modules: the longest piece first that there is an operation for."""
     operations = []
     while modules:
-        for types, operation in PATTERNS:
+        for types, operation in OPERATIONS.items():
             head = modules[: len(types)]
             if tuple(map(type, head)) == types:
-                operations.append(operation(*head))
+                operations.append(operation(dtype, *head))
                 modules = modules[len(types) :]
                 break
         else:
@@ -149,6 +115,94 @@ def _operations(modules: Sequence[nn.Module]) -> list[Operation]:
                 "run the network itself"
             )
     return operations
+
+
+def _conv_pool(
+    dtype: torch.dtype, conv: nn.Conv2d, _relu: nn.ReLU, _pool: nn.MaxPool2d, *drop: nn.Dropout
+) -> Operation:
+    if conv.in_channels == 1 and conv.out_channels % LANES == 0 and not drop:
+        return lambda x: GreyConvPool.apply(x, conv.weight, conv.bias, dtype)
+    return lambda x: ConvPool.apply(x.to(dtype), conv.weight, conv.bias, Dropout.of(*drop))
+
+
+def _conv_norm(
+    dtype: torch.dtype, conv: nn.Conv2d, norm: nn.BatchNorm2d, _relu: nn.ReLU
+) -> Operation:
+    return lambda x: ConvNorm.apply(
+        x.to(dtype), conv.weight, conv.bias, norm.weight, norm.bias, norm
+    )
+
+
+def _flatten(_dtype: torch.dtype, flatten: nn.Flatten) -> Operation:
+    return flatten
+
+
+def _linear_relu(
+    dtype: torch.dtype, linear: nn.Linear, _relu: nn.ReLU, *drop: nn.Dropout
+) -> Operation:
+    return lambda x: LinearReLU.apply(x.to(dtype), linear.weight, linear.bias, Dropout.of(*drop))
+
+
+def _linear(dtype: torch.dtype, linear: nn.Linear) -> Operation:
+    return lambda x: nn.functional.linear(
+        x.to(dtype), linear.weight.to(dtype), linear.bias.to(dtype)
+    )
+
+
+OPERATIONS: dict[tuple[type[nn.Module], ...], Callable[..., Operation]] = {
+    (nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Dropout): _conv_pool,
+    (nn.Conv2d, nn.ReLU, nn.MaxPool2d): _conv_pool,
+    (nn.Conv2d, nn.BatchNorm2d, nn.ReLU): _conv_norm,
+    (nn.Flatten,): _flatten,
+    (nn.Linear, nn.ReLU, nn.Dropout): _linear_relu,
+    (nn.Linear, nn.ReLU): _linear_relu,
+    (nn.Linear,): _linear,
+}
+
+
+class GreyConvPool(torch.autograd.Function):
+    """Convolution of one channel, relu and pooling of 2×2, in float32, rounded once to ``dtype``.
+
+    (N, 1, H, W) with weights (K, 1, 3, 3) → (N, K, H // 2, W // 2), channels_last. There is no
+    gradient of the images.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        images, _, height, width = x.shape
+        channels = len(weight)
+        x = nn.functional.pad(x.float(), (1, 1, 1, 1)).contiguous()
+        weights = torch.cat([weight.reshape(channels, -1).t(), bias[None]])
+        shape = Images(images, height, width, channels)
+        y = _empty_images(dtype, images, channels, height // 2, width // 2)
+        code = torch.empty(y.numel(), dtype=torch.uint8)
+        native.library().evk_convolve_pool(
+            *(x.data_ptr(), weights.data_ptr(), y.data_ptr(), code.data_ptr()),
+            *(ctypes.byref(shape), *_format_and_threads(y)),
+        )
+        ctx.save_for_backward(x, code)
+        ctx.shape = shape
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> Gradients:
+        if ctx.needs_input_grad[0]:
+            raise BackendError(
+                "the native network has no gradient of its images; run the network itself"
+            )
+        x, code = ctx.saved_tensors
+        shape = ctx.shape
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        sums = torch.empty(shape.images, 10, shape.channels)
+        native.library().evk_convolve_pool_backward(
+            *(gradient.data_ptr(), code.data_ptr(), x.data_ptr(), sums.data_ptr()),
+            *(ctypes.byref(shape), *_format_and_threads(gradient)),
+        )
+        sums = sums.sum(0)
+        return None, sums[:9].t().reshape(-1, 1, 3, 3), sums[9], None
 
 
 class ConvPool(torch.autograd.Function):
@@ -165,7 +219,7 @@ class ConvPool(torch.autograd.Function):
         full = _convolved(x, weight, bias)
         images, channels, height, width = full.shape
         shape = Images(images, height, width, channels)
-        y = _empty_images(full, images, channels, height // 2, width // 2)
+        y = _empty_images(full.dtype, images, channels, height // 2, width // 2)
         code = torch.empty(y.numel(), dtype=torch.uint8)
         native.library().evk_pool(
             *(full.data_ptr(), y.data_ptr(), code.data_ptr()),
@@ -181,7 +235,9 @@ class ConvPool(torch.autograd.Function):
         x, weight, code = ctx.saved_tensors
         shape = ctx.shape
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        full = _empty_images(gradient, shape.images, shape.channels, shape.height, shape.width)
+        full = _empty_images(
+            gradient.dtype, shape.images, shape.channels, shape.height, shape.width
+        )
         sums = torch.empty(shape.images, shape.channels)
         native.library().evk_pool_backward(
             *(gradient.data_ptr(), code.data_ptr(), full.data_ptr(), sums.data_ptr()),
@@ -210,7 +266,10 @@ class ConvNorm(torch.autograd.Function):
         y = torch.empty_like(full)
         if norm.training:
             if rows == 1:
-                raise ValueError("a batch norm needs more than one value a channel to train")
+                raise BackendError(
+                    "a batch norm needs more than one value a channel to train with, got one; "
+                    "use larger batches"
+                )
             saved, sums = torch.empty(4, channels), _room_for_sums(rows, channels)
             native.library().evk_norm_relu(
                 *(full.data_ptr(), y.data_ptr(), ctypes.byref(_norm(norm)), saved.data_ptr()),
@@ -221,8 +280,7 @@ class ConvNorm(torch.autograd.Function):
             ctx.save_for_backward(x, weight, full, saved)
         else:
             factor = norm_weight * (norm.running_var + norm.eps).rsqrt()
-            summand = norm_bias - norm.running_mean * factor
-            saved = torch.stack([norm.running_mean, factor, factor, summand])
+            saved = torch.stack([norm.running_mean, factor, factor, norm_bias])
             native.library().evk_scale_relu(
                 *(full.data_ptr(), y.data_ptr(), saved.data_ptr(), rows, channels),
                 *_format_and_threads(full),
@@ -256,7 +314,7 @@ class LinearReLU(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dropout: Dropout
     ) -> torch.Tensor:
         weight = weight.to(x.dtype)
-        y = nn.functional.linear(x, weight, bias.to(x.dtype))
+        y = _product(x, weight, bias.to(x.dtype))
         native.library().evk_relu(
             y.data_ptr(), y.numel(), ctypes.byref(dropout), *_format_and_threads(y)
         )
@@ -274,9 +332,20 @@ class LinearReLU(torch.autograd.Function):
             *(gradient.data_ptr(), y.data_ptr(), before.data_ptr(), y.numel()),
             *(ctx.scale, *_format_and_threads(y)),
         )
-        of_x = before.mm(weight) if ctx.needs_input_grad[0] else None
-        of_bias = before.sum(0, dtype=torch.float32)
-        return of_x, before.t().mm(x).float(), of_bias, None
+        of_x = _product(before, weight.t()) if ctx.needs_input_grad[0] else None
+        of_weight = _product(before.t(), x.t()).float()
+        return of_x, of_weight, before.sum(0, dtype=torch.float32), None
+
+
+def _product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x (N, I) times the transpose of weight (O, I), and bias."""
+    if torch.backends.mkldnn.is_available():
+        # oneDNN also for float32, where torch takes BLAS: MKL leaves AVX-512 of other makers'
+        # processors unused, and takes twice as long there (measured)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return nn.functional.linear(x, weight, bias)
 
 
 def _convolved(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -296,8 +365,8 @@ def _convolution_gradients(
     return of_x, of_weight.float()
 
 
-def _empty_images(like: torch.Tensor, *shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=like.dtype, memory_format=torch.channels_last)
+def _empty_images(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
 
 
 def _room_for_sums(rows: int, channels: int) -> torch.Tensor:

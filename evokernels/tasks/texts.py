@@ -171,9 +171,10 @@ def _read(path: os.PathLike[str]) -> str:
             f"{error.start} ({error.reason}); convert it, for instance with iconv -t UTF-8"
         ) from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        reason = getattr(error, "strerror", error)
         raise DatasetError(
-            f"cannot read the text file {path} ({error}); name one in the data folder, or a "
-            "whole path: text:FILE"
+            f"cannot read the text file {path} ({reason}); name one in the data folder, or a whole "
+            "path: text:FILE"
         ) from None
 
 

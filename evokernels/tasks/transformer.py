@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -77,6 +79,10 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, 128) to the same shape."""
         heads = self.qkv(x).unflatten(-1, (3, HEADS, WIDTH // HEADS))  # (B, T, 3, 4, 32)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)
-        read = functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, 4, T, 32)
-        return self.out(read.transpose(1, 2).flatten(-2))
+        # Torch's attention on a CPU takes three times as long in bfloat16 as in float32, backward
+        # above all (2.14, a processor with AVX512-BF16): autocast must not choose that there.
+        on_cpu = x.device.type == "cpu"
+        with torch.autocast("cpu", enabled=False) if on_cpu else contextlib.nullcontext():
+            q, k, v = (heads.float() if on_cpu else heads).permute(2, 0, 3, 1, 4)
+            read = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(read.transpose(1, 2).flatten(-2))  # from (B, 4, T, 32)
