@@ -16,6 +16,7 @@ from commandline import (
     add_machine_options,
     add_precision,
     exit_code,
+    positive,
     resolved_precision,
     worker_count,
 )
@@ -146,7 +147,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add_precision(parser)
     parser.add_argument(
         "--audit",
-        type=int,
+        type=positive,
         default=0,
         metavar="N",
         help="train N of the genomes that were stopped early to the end, after the search (0)",
@@ -195,30 +196,49 @@ def run(options: argparse.Namespace) -> None:
 
 def summary(settings: RunSettings, folder: pathlib.Path, result: RunResult) -> str:
     """The result in words, with the comparison and how to use it."""
-    state = "is complete" if result.evaluations else "was complete already"
-    parity = ", with the protocol of the source system (parity)" if settings.parity else ""
-    best, winner = result.best, result.winner
-    seeds = " ".join(map(str, settings.fresh_seeds))
-    split = settings.selection_split
     files = [*report.FILES, *([report.AUDIT] if result.audit else [])]
     return f"""\
-The run in {folder} {state}{parity}.
-{ledger_line(result.ledger)}
-{audit_line(result.audit) if result.audit else ""}
-The best genome, of fitness {best.score.fitness:.4f} on the seeds and the {split} split that
-selected it:
+{told(settings, folder, result)}
 
-{textwrap.indent(formula(best.genome), "    ")}
+{textwrap.indent(formula(result.best.genome), "    ")}
 
-On seeds {seeds}, which the selection has not seen, its fitness on the same split is {winner.fresh}:
-selection has overestimated it by {winner.bias}. Compared on the test split, with as many
-steps ({settings.conditions.steps}) on these seeds:
+{measured(settings, result)}
 
 {result.comparison.tables()}
 
 {folder} has {", ".join(files)} and the journal. To train with the genome:
 
 {textwrap.indent(report.usage(folder, settings.conditions.steps), "    ")}"""
+
+
+def told(settings: RunSettings, folder: pathlib.Path, result: RunResult) -> str:
+    """What the search cost and came to."""
+    state = "is complete" if result.evaluations else "was complete already"
+    sentences = [f"The run in {folder} {state}."]
+    if settings.parity:
+        sentences.append("Parity: this is the protocol of the source system.")
+    sentences.append(ledger_line(result.ledger))
+    if result.audit:
+        sentences.append(audit_line(result.audit))
+    sentences.append(
+        f"The best genome, of fitness {result.best.score.fitness:.4f} on the seeds and the "
+        f"{settings.selection_split} split that selected it:"
+    )
+    return textwrap.fill(" ".join(sentences), 100, break_on_hyphens=False)
+
+
+def measured(settings: RunSettings, result: RunResult) -> str:
+    """What is left of the best genome's fitness, and what it is compared on."""
+    seeds = " ".join(map(str, settings.fresh_seeds))
+    winner = result.winner
+    honest = settings.selection_split != "test"
+    sentences = (
+        f"On seeds {seeds}, which the selection has not seen, its fitness on the same split is "
+        f"{winner.fresh}: selection has overestimated it by {winner.bias}.",
+        f"Compared with as many steps ({settings.conditions.steps}) on these seeds, on the test "
+        "split, which " + ("selected nothing:" if honest else "is the one that selected:"),
+    )
+    return textwrap.fill(" ".join(sentences), 100, break_on_hyphens=False)
 
 
 if __name__ == "__main__":

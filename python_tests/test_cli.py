@@ -331,6 +331,16 @@ def test_a_complete_run_shows_its_result_and_the_three_lines_run(command, killed
     assert "was complete already" in out
     for part in ("lr = ", "p ← ", "| evolved ", "| adam ", "| adamw ", "overall fitness"):
         assert part in out
+    text = " ".join(out.split())
+    for part in (
+        *("on the seeds and the validation split that selected it:", "Steps saved by"),
+        *(
+            "On seeds 1, which the selection has not seen",
+            "the test split, which selected nothing:",
+        ),
+    ):
+        assert part in text
+    assert "Parity" not in text
     lines = [line.strip() for line in out.splitlines()[-3:]]
     model = torch.nn.Linear(3, 2)
     before = model.weight.detach().clone()
@@ -339,6 +349,22 @@ def test_a_complete_run_shows_its_result_and_the_three_lines_run(command, killed
     model(torch.ones(1, 3)).sum().backward()
     scope["optimizer"].step()
     assert not torch.equal(model.weight, before)
+
+
+def test_parity_is_labelled_and_an_audit_reported(command, tmp_path):
+    parity = (*TINY, "--parity", "--validation-samples", "0", "--workers", "1")
+    code, out, _ = command("evolve", *parity, "--audit", "2", "--out", tmp_path)
+    assert code == 0
+    text = " ".join(out.split())
+    for part in (
+        *("Parity: this is the protocol of the source system.", "Audit: of 0 genomes that"),
+        *("the test split that selected it:", "test split, which is the one that selected:"),
+        "ledger.csv, audit.csv and the journal",
+    ):
+        assert part in text
+    with (tmp_path / "winner.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["protocol"], row["split"]) == ("parity", "test")
 
 
 def ignores_ctrl_c(pid):

@@ -8,6 +8,7 @@ import json
 import math
 import pathlib
 import sqlite3
+import tracemalloc
 
 import pytest
 import torch
@@ -358,9 +359,9 @@ def test_a_run_without_evaluations_takes_other_settings(training, tmp_path):
     with pytest.raises(Killed):
         evolve(SETTINGS, tmp_path)
     training.fails_at = None
-    other = dataclasses.replace(SETTINGS, seeds=(0,))
+    other = dataclasses.replace(SETTINGS, search=dataclasses.replace(SETTINGS.search, seed=2))
     evolve(other, tmp_path)
-    assert_refused(tmp_path, "seeds")
+    assert_refused(tmp_path, "run_seed")
 
 
 @pytest.mark.parametrize("at", [0, 20, 100, 4096, -5000])
@@ -432,6 +433,29 @@ def test_a_journal_of_another_search_is_refused(complete, monkeypatch):
     population = (zoo.rmsprop,) * SETTINGS.search.population
     monkeypatch.setattr("evokernels.search.genetic.start_population", lambda *args: population)
     assert_refused(complete, "genome 0 of generation 0 differs")
+
+
+def test_a_journal_with_other_scores_is_refused(complete):
+    with sqlite3.connect(complete / JOURNAL) as journal:
+        journal.execute("UPDATE candidate SET score = 0.5 WHERE generation = 0 AND place = 3")
+    journal.close()
+    assert_refused(complete, "genome 3 of generation 0 differs")
+
+
+def test_a_journal_keeps_no_evaluation_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "SYNCHRONOUS", "OFF")
+    outcome = Outcome(Status.OK, 0.5, 0.5, 1.5, 500, 1.25, "digest")
+    with open_journal(tmp_path, {}) as opened:
+        tracemalloc.start()
+        for seed in range(3000):
+            trial = Trial(zoo.adam, MINI, seed)
+            opened.add(Entry(0, 0, f"key {seed}", trial, outcome))
+            if seed == 2200:  # the interpreter keeps the memory of 2000 tuples for others
+                before, _ = tracemalloc.get_traced_memory()
+        after, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert len(opened) == 3000
+    assert after - before < 10_000  # bytes; 800 entries take a hundred times as many
 
 
 def test_an_entry_comes_back_as_it_was(tmp_path):

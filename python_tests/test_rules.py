@@ -116,6 +116,15 @@ def test_the_race_leaves_out_the_worst_of_a_generation(training, tmp_path):
     assert sum(entry.raced for entry in result.history) >= raced * len(TASKS)
 
 
+def test_a_generation_with_harder_seeds_is_not_raced_out(training, tmp_path):
+    training.common = 0.3
+    search = dataclasses.replace(SETTINGS.search, generations=8)
+    result = evolve(dataclasses.replace(ROTATING, search=search), tmp_path, audits=1000)
+    assert all(entry.raced <= 8 * len(TASKS) for entry in result.history)
+    assert sum(entry.raced > 0 for entry in result.history) >= 4
+    assert result.audit.false_kills == 0
+
+
 @pytest.mark.parametrize("change", [{"race": False}, {"seeds": (0,)}])
 def test_without_race_or_second_seed_nothing_is_left_out(training, tmp_path, change):
     evolve(dataclasses.replace(SETTINGS, **change), tmp_path)

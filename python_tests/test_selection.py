@@ -148,7 +148,7 @@ def test_the_bias_is_what_selection_promised_beyond_what_fresh_seeds_keep(traini
     assert winner.test.mean == pytest.approx(fresh.mean - 0.01)
     with (tmp_path / "winner.csv").open() as file:
         (row,) = csv.DictReader(file)
-    assert row["split"] == "validation"
+    assert (row["protocol"], row["split"]) == ("own", "validation")
     assert float(row["selection_bias"]) == winner.bias.mean
     assert float(row["test_fitness"]) == winner.test.mean
 
@@ -215,6 +215,8 @@ def history(*best):
         ((0.5, 0.6, 0.6, 0.5), 2, True),
         ((0.5, 0.7, 0.6, 0.65), 2, True),
         ((0.5, 0.7, 0.6, 0.71), 2, False),
+        ((0.5, 0.7, 0.8, 0.65), 2, False),
+        ((0.7, 0.5, 0.6, 0.65), 2, True),
     ],
 )
 def test_a_plateau(best, length, ends):

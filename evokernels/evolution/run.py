@@ -157,9 +157,8 @@ class _Run:
         optimizers = {"evolved": best.genome, **CONTENDERS}
         tasks, seeds = self.settings.tasks, self.settings.fresh_seeds
         trials = Comparison.trials(optimizers.values(), tasks, seeds)
-        self.evaluations.make(
-            map(Request.after_search, trials), self._audits(), "comparison on fresh seeds"
-        )
+        requests = map(Request.after_search, trials)
+        self.evaluations.make(requests, self._audits(), "comparison on fresh seeds")
         return Comparison.of(optimizers, tasks, seeds, self.evaluations.outcome)
 
     def _still_to_come(self, generation: int) -> int:

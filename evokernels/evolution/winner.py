@@ -119,8 +119,12 @@ def measure_winner(settings: RunSettings, evaluations: Evaluations, winner: Scor
 
 
 def winner_csv(winner: Winner, settings: RunSettings) -> str:
-    """One line: the split and the fitness that selected, what fresh seeds say, and the bias."""
+    """One line: how the winner was selected, what fresh seeds say, and the bias.
+
+    The protocol is "parity" where it is that of the source system.
+    """
     row = {
+        "protocol": "parity" if settings.parity else "own",
         "split": settings.selection_split,
         "selected_fitness": winner.selected,
         "fresh_seeds": len(settings.fresh_seeds),
