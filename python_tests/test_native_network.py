@@ -463,9 +463,42 @@ def test_expanded_and_strided_gradients_and_images_are_taken():
 # What it refuses
 
 
-def test_a_layer_without_an_operation_is_named():
-    with pytest.raises(BackendError, match=r"begins with Sigmoid\(\); run the network itself"):
-        NativeNetwork(Net(nn.Flatten(), nn.Sigmoid()))
+CONV, RELU, POOL = nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)
+
+
+@pytest.mark.parametrize(
+    ("modules", "named"),
+    [
+        ((nn.Flatten(), nn.Sigmoid()), "Sigmoid()"),
+        ((CONV, RELU), "Conv2d("),
+        ((CONV, RELU, nn.MaxPool2d(3)), "Conv2d("),
+        ((CONV, RELU, nn.MaxPool2d(2, stride=1)), "Conv2d("),
+        ((CONV, RELU, nn.MaxPool2d(2, ceil_mode=True)), "Conv2d("),
+        ((nn.Conv2d(1, 2, 3), RELU, POOL), "Conv2d("),
+        ((nn.Conv2d(1, 2, 5, padding=1), RELU, POOL), "Conv2d("),
+        ((nn.Conv2d(1, 2, 3, padding=1, stride=2), RELU, POOL), "Conv2d("),
+        ((nn.Conv2d(1, 2, 3, padding=1, bias=False), RELU, POOL), "Conv2d("),
+        ((nn.Conv2d(2, 2, 3, padding=1, groups=2), RELU, POOL), "Conv2d("),
+        ((CONV, nn.BatchNorm2d(2, affine=False), RELU), "Conv2d("),
+        ((CONV, nn.BatchNorm2d(2, momentum=None), RELU), "Conv2d("),
+        ((nn.Flatten(2), nn.Linear(4, 2)), "Flatten("),
+        ((nn.Linear(4, 2, bias=False),), "Linear("),
+    ],
+)
+def test_what_there_is_no_operation_for_is_named(modules, named):
+    with pytest.raises(BackendError, match=r"begins with .*; run the network itself") as caught:
+        NativeNetwork(Net(*modules))
+    assert named in str(caught.value)
+
+
+def test_a_dropout_may_drop_everything():
+    network = Net(CONV, RELU, POOL, nn.Dropout(1.0))
+    x = torch.randn(2, 1, 4, 4)
+    y = NativeNetwork(network)(x)
+    y.sum().backward()
+    assert not y.any()
+    assert not network.features[0].weight.grad.any()
+    network.zero_grad()
 
 
 def test_second_derivatives_are_refused_and_the_plain_network_has_them():

@@ -31,8 +31,8 @@ from evokernels.tasks import (
 
 __all__ = ["evaluate"]
 
-# Images in a batch of the test: from 100 to 500 the time of one differs by 10 % on a CPU, and beyond
-# that, in float32, the activations leave the caches (measured). A GPU needs more to do.
+# Images in a batch of the test. On a CPU the time of an image falls by a tenth from 100 to 500, and
+# in float32 it rises beyond 250, when activations leave the caches (measured). A GPU needs more.
 TEST_BATCH = {"cpu": 250, "cuda": 1000}
 
 
