@@ -53,7 +53,7 @@ class Dropout(ctypes.Structure):
             return cls(0, 0, 1.0)
         threshold = round(module.p * RANDOM_STEPS)
         seed = int(torch.empty((), dtype=torch.int64).random_())
-        return cls(seed, threshold, RANDOM_STEPS / (RANDOM_STEPS - threshold))
+        return cls(seed, threshold, RANDOM_STEPS / max(RANDOM_STEPS - threshold, 1))
 
 
 class Norm(ctypes.Structure):
@@ -78,7 +78,7 @@ class NativeNetwork(nn.Module):
         dtype: float32 or bfloat16: of activations, and of the weights in products.
 
     Raises:
-        BackendError: the native library does not load, or a layer that it has nothing for.
+        BackendError: the native library does not load, or there is no operation for a module.
     """
 
     def __init__(self, network: ConvNet, dtype: torch.dtype = torch.float32) -> None:
@@ -99,13 +99,32 @@ Operation = Callable[[torch.Tensor], torch.Tensor]
 Gradients = tuple[torch.Tensor | None, ...]
 
 
+# What the operations take for granted of their modules.
+ASSUMED: dict[type[nn.Module], dict[str, Any]] = {
+    nn.Conv2d: {
+        **{"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)},
+        **{"groups": 1, "padding_mode": "zeros"},
+    },
+    nn.MaxPool2d: {"kernel_size": 2, "stride": 2, "padding": 0, "dilation": 1, "ceil_mode": False},
+    nn.BatchNorm2d: {"affine": True, "track_running_stats": True},
+    nn.Flatten: {"start_dim": 1, "end_dim": -1},
+}
+
+
+def _is_assumed(module: nn.Module) -> bool:
+    if getattr(module, "bias", 0) is None or getattr(module, "momentum", 0) is None:
+        return False
+    assumed = ASSUMED.get(type(module), {})
+    return all(getattr(module, name) == value for name, value in assumed.items())
+
+
 def _operations(modules: Sequence[nn.Module], dtype: torch.dtype) -> list[Operation]:
     """What stands for these modules: the longest piece first that there is an operation for."""
     operations = []
     while modules:
         for types, operation in OPERATIONS.items():
             head = modules[: len(types)]
-            if tuple(map(type, head)) == types:
+            if tuple(map(type, head)) == types and all(map(_is_assumed, head)):
                 operations.append(operation(dtype, *head))
                 modules = modules[len(types) :]
                 break
