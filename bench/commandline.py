@@ -38,7 +38,7 @@ def exit_code(command: Callable[[], None], resume_hint: str) -> int:
 
 
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
-    """``--data-dir`` and ``--workers``: what a machine has, not what an experiment is."""
+    """What a machine has, not what an experiment is: where data are, who trains, how patiently."""
     parser.add_argument(
         "--data-dir",
         metavar="DIR",
@@ -50,6 +50,12 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes that train; the result does not depend on them "
         "(as many as the processor has cores for; 1 on a CUDA device)",
+    )
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        metavar="SECONDS",
+        help="of a training run, which counts as failed beyond it (more than any should take)",
     )
 
 

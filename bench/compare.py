@@ -140,6 +140,7 @@ def run(options: argparse.Namespace) -> None:
             options.out,
             data_dir=options.data_dir,
             workers=worker_count(options, options.threads, options.device),
+            time_limit=options.time_limit,
             on_progress=bar.show,
         )
     print(summary(contest, options.out, result))

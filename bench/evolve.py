@@ -188,6 +188,7 @@ def run(options: argparse.Namespace) -> None:
             options.out,
             data_dir=options.data_dir,
             workers=worker_count(options, settings.threads, settings.device),
+            time_limit=options.time_limit,
             audits=options.audit,
             on_progress=bar.show,
         )

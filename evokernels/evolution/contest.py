@@ -130,6 +130,7 @@ def compare(
     *,
     data_dir: str | None = None,
     workers: int = 1,
+    time_limit: float | None = None,
     on_progress: OnProgress = lambda done, expected, note: None,
 ) -> ContestResult:
     """Make the comparison in ``folder``, or what is left of it; the same numbers either way.
@@ -142,13 +143,14 @@ def compare(
         folder: the run folder, created if it is missing.
         data_dir: folder with data sets, or None (see `evokernels.tasks.load_images`).
         workers: processes that train; the result does not depend on it.
+        time_limit: see `evokernels.evolution.pool.open_pool`.
         on_progress: called after every training run with the number of runs made, the number
             expected in the end, and what is being done.
 
     Raises:
         JournalError: see `evokernels.evolution.journal.open_journal`.
         DatasetError: a data set is missing or has not enough samples.
-        WorkerError: a worker process died.
+        WorkerError: the workers fail, not single evaluations (`Pool.run`).
     """
     with (
         open_journal(folder, contest.journal_settings()) as journal,
@@ -158,6 +160,7 @@ def compare(
             threads=contest.threads,
             device=contest.device,
             data_dir=data_dir,
+            time_limit=time_limit,
         ) as pool,
     ):
         before = len(journal)

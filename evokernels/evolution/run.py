@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import os
 import pathlib
@@ -55,6 +56,8 @@ def evolve(
     *,
     data_dir: str | None = None,
     workers: int = 1,
+    time_limit: float | None = None,
+    executor: concurrent.futures.Executor | None = None,
     audits: int = 0,
     on_progress: OnProgress = lambda done, expected, note: None,
 ) -> RunResult:
@@ -68,6 +71,8 @@ def evolve(
         folder: the run folder.
         data_dir: folder with data sets, or None (see `evokernels.tasks.load_images`).
         workers: processes that train; the history does not depend on it.
+        time_limit: see `evokernels.evolution.pool.open_pool`.
+        executor: likewise.
         audits: how many of the genomes that hurdle and race stopped are trained to the end after
             the search, to see whether that was right (`evokernels.evolution.audit`).
         on_progress: called after every training run with the number of runs in the journal, the
@@ -76,7 +81,7 @@ def evolve(
     Raises:
         JournalError: see `evokernels.evolution.journal.open_journal`.
         DatasetError: a data set is missing or has not enough images.
-        WorkerError: a worker process died.
+        WorkerError: the workers fail, not single evaluations (`Pool.run`).
     """
     recorded = {**settings.to_dict(), "evaluation_version": EVALUATION_VERSION}
     with (
@@ -87,6 +92,8 @@ def evolve(
             threads=settings.threads,
             device=settings.device,
             data_dir=data_dir,
+            time_limit=time_limit,
+            executor=executor,
         ) as pool,
     ):
         evaluations = Evaluations(journal, pool, on_progress)
