@@ -34,7 +34,8 @@ __all__ = ["EVALUATION_VERSION", "evaluate"]
 EVALUATION_VERSION = 2
 
 # Samples in a batch of the test. On a CPU the time of an image falls by a tenth from 100 to 500,
-# and in float32 it rises beyond 250, when activations leave the caches (measured). A GPU needs more.
+# and in float32 it rises beyond 250, when activations leave the caches (measured). A GPU needs
+# more to have something to do.
 TEST_BATCH = {"cpu": 250, "cuda": 1000}
 
 
