@@ -276,10 +276,16 @@ def test_batch_norm_is_that_of_torch(dtype, rows, channels, offset):
     exact = torch_normed(x, gradient, weight, bias, torch.float64)
     single = torch_normed(x, gradient, weight, bias, torch.float32)
     epsilons = [torch.finfo(x.dtype).eps] * 2 + [torch.finfo(torch.float32).eps] * 4
-    for got, expected, eager, epsilon in zip(ours, exact, single, epsilons, strict=True):
+    # Squares are added up in float, 256 one after another and around the first row: with that row
+    # two deviations out, rounding, as a random walk of 256 steps, moves their sum by some 5 epsilon
+    # and the variance, a fifth of it, by 25. The gradient of weight has all of half of that.
+    factors = [4, 4, 16, 4, 4, 4]
+    for got, expected, eager, epsilon, factor in zip(
+        ours, exact, single, epsilons, factors, strict=True
+    ):
         # sums of terms that may cancel: the scale is that of the largest
         scale = expected.abs().max() + gradient.abs().max() * weight.abs().max()
-        allowed = 2 * (eager - expected).abs().max() + 16 * epsilon * scale
+        allowed = 2 * (eager - expected).abs().max() + factor * epsilon * scale
         assert (got - expected).abs().max() <= allowed
     for threads in (2, 3):
         again = normed(x, gradient, weight, bias, threads)
