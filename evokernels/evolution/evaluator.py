@@ -44,7 +44,8 @@ def evaluate(trial: Trial, conditions: Conditions, data: TaskData, device: str =
 
     Bit-reproducible for a given device and number of torch threads. Initial weights and batches
     are the same on every device, dropout is not. Leaves torch's global random generators as they
-    were.
+    were. The process keeps data sets that it has seen, and from then on memory that it frees (see
+    `keep_memory`).
 
     Args:
         trial: what to train.
@@ -72,9 +73,8 @@ def evaluate(trial: Trial, conditions: Conditions, data: TaskData, device: str =
             status, fitness, steps = Status.DIVERGED, DIVERGED_FITNESS, len(losses) - 1
         else:
             accuracy, loss = _accuracy(model, copied, selection), final_loss(losses)
-            stopped = hurdle is not None and hurdle.fails(losses)
-            status = Status.STOPPED if stopped else Status.OK
             fitness, steps = run_fitness(accuracy, loss), len(losses)
+            status = Status.OK if steps == conditions.steps else Status.STOPPED
             if trial.purpose is Purpose.REPORT:
                 parity = selection == "test"
                 test_accuracy = accuracy if parity else _accuracy(model, copied, "test")
