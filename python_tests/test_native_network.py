@@ -276,9 +276,9 @@ def test_batch_norm_is_that_of_torch(dtype, rows, channels, offset):
     exact = torch_normed(x, gradient, weight, bias, torch.float64)
     single = torch_normed(x, gradient, weight, bias, torch.float32)
     epsilons = [torch.finfo(x.dtype).eps] * 2 + [torch.finfo(torch.float32).eps] * 4
-    # Squares are added up in float, 256 one after another and around the first row: with that row
-    # two deviations out, rounding, as a random walk of 256 steps, moves their sum by some 5 epsilon
-    # and the variance, a fifth of it, by 25. The gradient of weight has all of half of that.
+    # Squares are added up in float, 256 one after another and around the first row. With that row
+    # two deviations out, their rounding moves the sum by up to 5 epsilon and the variance, a fifth
+    # of it, by 25; the gradient of weight has half of that, as nothing else has.
     factors = [4, 4, 16, 4, 4, 4]
     for got, expected, eager, epsilon, factor in zip(
         ours, exact, single, epsilons, factors, strict=True
