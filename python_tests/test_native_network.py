@@ -589,7 +589,7 @@ def test_both_precisions_are_asked_for_by_name():
     model, other = SmallCNN(), nn.Linear(3, 2)
     assert isinstance(computing(model, CPU, "float32"), NativeNetwork)
     assert computing(model, torch.device("meta"), "float32") is model
-    assert computing(model, CPU, "float32", plain=True) is model
+    assert computing(model, CPU, "float32", plain=True).model is model
     assert computing(other, CPU, "float32") is other
     with pytest.raises(SettingsError, match="one of float32, bfloat16, got 'float16'"):
         computing(model, CPU, "float16")
