@@ -39,7 +39,7 @@ static int64_t words_of_x(const packing *p) { return rounded_up(p->x_rows * p->x
 
 int64_t evk_convolution_room(const evk_images *images, int64_t outputs, int32_t format) {
     const packing p = packing_of(images, outputs, format);
-    return WORD * (words_of_x(&p) + p.gradient_rows * p.gradient_row);
+    return words_of_x(&p) + p.gradient_rows * p.gradient_row;
 }
 
 #if defined(EVK_DISPATCH) && __GNUC__ >= 10
@@ -56,7 +56,7 @@ int32_t evk_has_convolution_weights(void) {
 typedef struct {
     const void *gradient, *x;
     float *sums;
-    char *room;
+    void *room;
     const evk_images *images;
     int64_t outputs;
     packing packing;
@@ -70,12 +70,20 @@ typedef struct {
     int64_t lines;
 } stream;
 
-EVK_AVX512 static inline void fetch(stream *next) {
+static stream stream_of(const void *image, int64_t image_bytes, int64_t rows) {
+    return (stream){(uintptr_t)image, (image_bytes + rows * CACHE_LINE - 1) / (rows * CACHE_LINE)};
+}
+
+static inline void fetch(stream *next) {
     for (int64_t i = 0; i < next->lines; ++i, next->at += CACHE_LINE)
         _mm_prefetch((const char *)next->at, _MM_HINT_T1);
 }
 
-/* What becomes a block of sums. */
+/* Rows of sums that are in registers together. They come in threes, one for each column of the
+ * weights, so that every number of channels has its blocks. */
+enum { BLOCK = 12 };
+
+/* Where a block begins: the words it is made of, and its sums. */
 typedef struct {
     const uint32_t *x, *gradient;
     float *sums;
@@ -85,9 +93,9 @@ typedef struct {
  * the gradient (EVK_GROUP_OUTPUTS of them). */
 __attribute__((always_inline)) EVK_AVX512 static inline void accumulate(
     const int rows, const int paired, block at, const weighing *t, stream next[2]) {
-    enum { VECTORS = EVK_GROUP_OUTPUTS / LANES, MOST_ROWS = 12 };
+    enum { VECTORS = EVK_GROUP_OUTPUTS / LANES };
     const packing *p = &t->packing;
-    __m512 sums[MOST_ROWS][VECTORS];
+    __m512 sums[BLOCK][VECTORS];
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 2
@@ -126,14 +134,14 @@ __attribute__((always_inline)) EVK_AVX512 static inline void accumulate(
         }
 }
 
-/* Rows of sums come in threes, so that every number of channels has its blocks. */
+/* `rows` left, of which at most BLOCK are done. */
 EVK_AVX512 static void accumulate_pairs(int64_t rows, block at, const weighing *t,
                                         stream next[2]) {
     switch (rows) {
         case 3: accumulate(3, 1, at, t, next); break;
         case 6: accumulate(6, 1, at, t, next); break;
         case 9: accumulate(9, 1, at, t, next); break;
-        default: accumulate(12, 1, at, t, next);
+        default: accumulate(BLOCK, 1, at, t, next);
     }
 }
 
@@ -143,7 +151,7 @@ EVK_AVX512 static void accumulate_floats(int64_t rows, block at, const weighing 
         case 3: accumulate(3, 0, at, t, next); break;
         case 6: accumulate(6, 0, at, t, next); break;
         case 9: accumulate(9, 0, at, t, next); break;
-        default: accumulate(12, 0, at, t, next);
+        default: accumulate(BLOCK, 0, at, t, next);
     }
 }
 
@@ -151,9 +159,10 @@ EVK_AVX512 static void accumulate_floats(int64_t rows, block at, const weighing 
 EVK_AVX512 static void pack_pairs(const uint16_t *upper, const uint16_t *lower, uint32_t *words,
                                   int64_t n) {
     const __m512i count = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i from_lower = _mm512_slli_epi32(_mm512_add_epi32(count, _mm512_set1_epi32(32)), 16);
+    const __m512i from_lower = _mm512_slli_epi32(_mm512_add_epi32(count, _mm512_set1_epi32(32)),
+                                                 16);
     const __m512i first = _mm512_or_si512(count, from_lower);
-    const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(LANES));
     const __m512i zero = _mm512_setzero_si512();
     int64_t i = 0;
     for (; i + 2 * LANES <= n; i += 2 * LANES) {
@@ -166,14 +175,15 @@ EVK_AVX512 static void pack_pairs(const uint16_t *upper, const uint16_t *lower, 
         words[i] = (upper ? upper[i] : 0u) | (uint32_t)(lower ? lower[i] : 0u) << 16;
 }
 
-/* The words of `n` elements of the image's row `row` and, in bfloat16, of the one below it. */
-static void pack(const void *image, int64_t row, int64_t row_length, int64_t from, uint32_t *words,
+/* The words of the image's row `row`, of `length` elements, and in bfloat16 of the one below it:
+ * `n` of them from `from` on. */
+static void pack(const void *image, int64_t row, int64_t length, int64_t from, uint32_t *words,
                  int64_t n, const weighing *t) {
-    const int64_t height = t->images->height, at = row * row_length + from;
+    const int64_t height = t->images->height, at = row * length + from;
     const int upper = row >= 0 && row < height, lower = row + 1 < height;
     if (t->format == EVK_BFLOAT16)
         pack_pairs(upper ? (const uint16_t *)image + at : 0,
-                   lower ? (const uint16_t *)image + at + row_length : 0, words, n);
+                   lower ? (const uint16_t *)image + at + length : 0, words, n);
     else if (upper)
         memcpy(words, (const float *)image + at, n * WORD);
     else
@@ -181,64 +191,66 @@ static void pack(const void *image, int64_t row, int64_t row_length, int64_t fro
 }
 
 static void pack_x(const void *image, uint32_t *words, const weighing *t) {
-    const int64_t length = t->images->width * t->images->channels;
+    const int64_t pixel = t->images->channels, length = t->images->width * pixel;
     for (int64_t i = 0; i < t->packing.x_rows; ++i)
-        pack(image, i - 1, length, 0, words + i * t->packing.x_row + t->images->channels, length,
-             t);
+        pack(image, i - 1, length, 0, words + i * t->packing.x_row + pixel, length, t);
 }
 
 static void pack_gradient(const void *image, uint32_t *words, const weighing *t) {
     const packing *p = &t->packing;
-    const int64_t width = t->images->width;
+    const int64_t length = t->images->width * t->outputs;
     /* pixel by pixel only where there are lanes to leave out */
-    const int64_t pieces = p->padded_outputs == t->outputs ? 1 : width;
-    const int64_t length = width * t->outputs / pieces;
-    for (int64_t i = 0; i < p->gradient_rows; ++i)
-        for (int64_t piece = 0; piece < pieces; ++piece)
-            pack(image, i * p->rows_a_word, width * t->outputs, piece * length,
-                 words + i * p->gradient_row + piece * p->padded_outputs, length, t);
+    const int64_t piece = p->padded_outputs == t->outputs ? length : t->outputs;
+    for (int64_t i = 0; i < p->gradient_rows; ++i) {
+        uint32_t *into = words + i * p->gradient_row;
+        for (int64_t from = 0; from < length; from += piece, into += p->padded_outputs)
+            pack(image, i * p->rows_a_word, length, from, into, piece, t);
+    }
+}
+
+/* Adds image n to the sums of its group; `words` has zeros where nothing is packed. */
+static void weigh_image(const weighing *t, int64_t n, uint32_t *words, float *sums) {
+    const packing *p = &t->packing;
+    const int64_t pixels = t->images->height * t->images->width;
+    const int64_t element = t->format == EVK_BFLOAT16 ? 2 : 4;
+    const int64_t x_bytes = pixels * t->images->channels * element;
+    const int64_t gradient_bytes = pixels * t->outputs * element;
+    const char *x = (const char *)t->x + n * x_bytes;
+    const char *gradient = (const char *)t->gradient + n * gradient_bytes;
+    const int64_t rows = 3 * t->images->channels; /* of sums, for each row of the weights */
+    const int64_t blocks =
+        3 * ((rows + BLOCK - 1) / BLOCK) * (p->padded_outputs / EVK_GROUP_OUTPUTS);
+    const int64_t fetches = blocks * p->gradient_rows;
+    stream next[2] = {stream_of(x + x_bytes, x_bytes, fetches),
+                      stream_of(gradient + gradient_bytes, gradient_bytes, fetches)};
+    uint32_t *gradient_words = words + words_of_x(p);
+    pack_x(x, words, t);
+    pack_gradient(gradient, gradient_words, t);
+    for (int64_t k = 0; k < 3; ++k)
+        for (int64_t r = 0; r < rows; r += BLOCK)
+            for (int64_t o = 0; o < p->padded_outputs; o += EVK_GROUP_OUTPUTS) {
+                const block at = {words + k * p->x_row + r, gradient_words + o,
+                                  sums + (k * rows + r) * p->padded_outputs + o};
+                (t->format == EVK_BFLOAT16 ? accumulate_pairs : accumulate_floats)(rows - r, at, t,
+                                                                                   next);
+            }
 }
 
 /* The groups of images that fall to each slot, one after another in the slot's own room. */
 static void weigh_groups(const void *task, int64_t first, int64_t end) {
-    enum { BLOCK = 12 };
     const weighing *t = task;
-    const packing *p = &t->packing;
-    const evk_images *of = t->images;
-    const int64_t element = t->format == EVK_BFLOAT16 ? 2 : 4;
-    const int64_t x_bytes = of->height * of->width * of->channels * element;
-    const int64_t gradient_bytes = of->height * of->width * t->outputs * element;
-    const int64_t rows = 3 * of->channels, row_sums = rows * p->padded_outputs;
-    const int64_t blocks = 3 * (p->padded_outputs / EVK_GROUP_OUTPUTS) * ((rows + BLOCK - 1) / BLOCK);
-    const int64_t fetches = blocks * p->gradient_rows;
+    const int64_t room = evk_convolution_room(t->images, t->outputs, t->format);
+    const int64_t in_sums = 9 * t->images->channels * t->packing.padded_outputs;
     for (int64_t slot = first; slot < end; ++slot) {
-        uint32_t *x_words =
-            (uint32_t *)(t->room + slot * evk_convolution_room(of, t->outputs, t->format));
-        uint32_t *gradient_words = x_words + words_of_x(p);
-        memset(x_words, 0, evk_convolution_room(of, t->outputs, t->format));
-        const int64_t last = t->groups * (slot + 1) / t->slots;
-        for (int64_t group = t->groups * slot / t->slots; group < last; ++group) {
-            float *sums = t->sums + group * 3 * row_sums;
-            memset(sums, 0, 3 * row_sums * sizeof *sums);
-            const int64_t stop = group * EVK_GROUP_IMAGES + EVK_GROUP_IMAGES;
-            for (int64_t n = group * EVK_GROUP_IMAGES; n < stop && n < of->images; ++n) {
-                const char *x = (const char *)t->x + n * x_bytes;
-                const char *gradient = (const char *)t->gradient + n * gradient_bytes;
-                stream next[2] = {
-                    {(uintptr_t)x + x_bytes, rounded_up(x_bytes, CACHE_LINE * fetches) / (CACHE_LINE * fetches)},
-                    {(uintptr_t)gradient + gradient_bytes, rounded_up(gradient_bytes, CACHE_LINE * fetches) / (CACHE_LINE * fetches)},
-                };
-                pack_x(x, x_words, t);
-                pack_gradient(gradient, gradient_words, t);
-                for (int64_t k = 0; k < 3; ++k)
-                    for (int64_t r = 0; r < rows; r += BLOCK)
-                        for (int64_t o = 0; o < p->padded_outputs; o += EVK_GROUP_OUTPUTS) {
-                            const block at = {x_words + k * p->x_row + r, gradient_words + o,
-                                              sums + k * row_sums + r * p->padded_outputs + o};
-                            (t->format == EVK_BFLOAT16 ? accumulate_pairs : accumulate_floats)(
-                                rows - r, at, t, next);
-                        }
-            }
+        uint32_t *words = (uint32_t *)t->room + slot * room;
+        memset(words, 0, room * WORD);
+        const int64_t stop = t->groups * (slot + 1) / t->slots;
+        for (int64_t group = t->groups * slot / t->slots; group < stop; ++group) {
+            float *sums = t->sums + group * in_sums;
+            memset(sums, 0, in_sums * sizeof *sums);
+            const int64_t from = group * EVK_GROUP_IMAGES;
+            for (int64_t n = from; n < from + EVK_GROUP_IMAGES && n < t->images->images; ++n)
+                weigh_image(t, n, words, sums);
         }
     }
 }
@@ -256,13 +268,16 @@ void evk_convolution_weights(const void *gradient, const void *x, float *sums, v
 
 #else
 
+#include <stdlib.h>
+
 int32_t evk_has_convolution_weights(void) { return 0; }
 
 void evk_convolution_weights(const void *gradient, const void *x, float *sums, void *room,
                              const evk_images *images, int64_t outputs, int32_t format,
                              int32_t threads) {
-    (void)gradient, (void)x, (void)sums, (void)room, (void)images, (void)outputs;
-    (void)format, (void)threads;
+    (void)gradient, (void)x, (void)sums, (void)room;
+    (void)images, (void)outputs, (void)format, (void)threads;
+    abort();
 }
 
 #endif

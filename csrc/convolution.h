@@ -14,13 +14,14 @@ int32_t evk_has_convolution_weights(void);
 /* Images whose sums are taken together, one after another; outputs are padded to a multiple. */
 enum { EVK_GROUP_IMAGES = 32, EVK_GROUP_OUTPUTS = 32 };
 
-/* Bytes of room that one thread needs for images of x and this many channels of the gradient. */
+/* How many floats one thread needs room for, with images of x and so many channels of the
+ * gradient. */
 int64_t evk_convolution_room(const evk_images *images, int64_t outputs, int32_t format);
 
 /* What each group of images adds to the gradient of the weights. `gradient` has `outputs`
  * channels, `x` what `images` says; `sums` is float (ceil(images / EVK_GROUP_IMAGES), 3, 3,
  * channels, outputs rounded up to a multiple of EVK_GROUP_OUTPUTS), what is behind `outputs`
- * means nothing; `room` is that of `evk_convolution_room` for each thread. Products of bfloat16
+ * means nothing; `room` is float (threads, evk_convolution_room). Products of bfloat16
  * are exact and added up in float; subnormal numbers of bfloat16 count as zero. */
 void evk_convolution_weights(const void *gradient, const void *x, float *sums, void *room,
                              const evk_images *images, int64_t outputs, int32_t format,

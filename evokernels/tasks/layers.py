@@ -397,8 +397,7 @@ def weight_gradient(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     kind, threads = _format_and_threads(x)
     padded = math.ceil(outputs / GROUP_OUTPUTS) * GROUP_OUTPUTS
     sums = torch.empty(math.ceil(images / GROUP_IMAGES), 9 * channels, padded)
-    room = library.evk_convolution_room(ctypes.byref(shape), outputs, kind)
-    room = torch.empty(threads, room, dtype=torch.uint8)
+    room = torch.empty(threads, library.evk_convolution_room(ctypes.byref(shape), outputs, kind))
     library.evk_convolution_weights(
         *(gradient.data_ptr(), x.data_ptr(), sums.data_ptr(), room.data_ptr()),
         *(ctypes.byref(shape), outputs, kind, threads),
