@@ -1,8 +1,8 @@
 """The two networks on a CPU: what lies between their products, read once and written once.
 
 `NativeNetwork` runs a network of torch's modules through csrc/layers.h: relu, pooling and dropout
-are one operation, batch norm and relu another one. Convolutions and matrix products are torch's.
-The modules hold parameters and statistics as ever; nothing about them changes.
+are one operation, batch norm and relu another one. Convolutions and matrix products are torch's,
+except weight gradients of convolutions where csrc/convolution.h has them. The modules hold parameters and statistics as ever; nothing about them changes.
 """
 
 from __future__ import annotations
@@ -388,8 +388,14 @@ def _convolution_gradients(
 
 
 def weight_gradient(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Of a convolution's weights: float32 (K, C, 3, 3), channels_last, from (N, K, H, W) and
-    (N, C, H, W), channels_last. Only where `native.has_convolution_weights()`.
+    """Of a convolution's weights, where `native.has_convolution_weights()`.
+
+    Args:
+        gradient: (N, K, H, W), channels_last.
+        x: (N, C, H, W), channels_last, of the same type: float32 or bfloat16.
+
+    Returns:
+        float32 (K, C, 3, 3), channels_last.
     """
     outputs, library = gradient.shape[1], native.library()
     images, channels, height, width = x.shape
