@@ -2,7 +2,8 @@
 
 `NativeNetwork` runs a network of torch's modules through csrc/layers.h: relu, pooling and dropout
 are one operation, batch norm and relu another one. Convolutions and matrix products are torch's,
-except weight gradients of convolutions where csrc/convolution.h has them. The modules hold parameters and statistics as ever; nothing about them changes.
+but for the weight gradients of convolutions where csrc/convolution.h has them.
+The modules hold parameters and statistics as ever; nothing about them changes.
 """
 
 from __future__ import annotations
