@@ -8,7 +8,7 @@
 #include "layers.h"
 
 /* 1 where this build and this processor have `evk_convolution_weights` (x86-64 with AVX512-BF16,
- * and without AMX, which multiplies faster and is torch's to use); else 0: it must not be called. */
+ * and without AMX, which multiplies faster and is torch's to use); else 0: do not call it then. */
 int32_t evk_has_convolution_weights(void);
 
 /* Images whose sums are taken together, one after another; outputs are padded to a multiple. */
