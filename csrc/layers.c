@@ -1,41 +1,13 @@
 #include "layers.h"
 
-#ifdef _OPENMP
-#include <fenv.h>
-#include <omp.h>
-#endif
-
 #include "kernels.h"
 #include "random.h"
 #include "runtime.h"
+#include "share.h"
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static int64_t bytes(int32_t format) { return format == EVK_BFLOAT16 ? 2 : 4; }
-
-/* Does the items [first, end). */
-typedef void (*work)(const void *task, int64_t first, int64_t end);
-
-/* All of `count` items, in one range a thread. */
-static void share_out(work do_range, const void *task, int64_t count, int32_t threads) {
-#ifdef _OPENMP
-    if (threads > 1 && count > 1) {
-        fenv_t callers; /* flush-to-zero is each thread's own: all compute as the caller does */
-        fegetenv(&callers);
-#pragma omp parallel num_threads(threads)
-        {
-            const int64_t team = omp_get_num_threads(), self = omp_get_thread_num();
-            fenv_t own;
-            if (self) fegetenv(&own), fesetenv(&callers);
-            do_range(task, count * self / team, count * (self + 1) / team);
-            if (self) fesetenv(&own);
-        }
-        return;
-    }
-#endif
-    (void)threads;
-    do_range(task, 0, count);
-}
 
 /* relu and the choice of the largest need no arithmetic: as integers, the bits of positive
  * numbers are ordered as the numbers are, NaN above infinity, and all negative ones are below 0. */

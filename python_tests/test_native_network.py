@@ -7,6 +7,7 @@ import resource
 
 import pytest
 import torch
+from guarded import Memory
 from torch import nn
 from torch.nn import functional
 
@@ -23,7 +24,6 @@ from evokernels.tasks.layers import Dropout, Images, Norm
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
-GUARD = 64  # elements on each side
 NO_DROPOUT = Dropout(0, 0, 1.0)
 
 # (images, channels, height, width): odd ones are cut off, channels fill vectors or do not
@@ -40,27 +40,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-class Memory:
-    """Tensors one element off alignment, between guards that nobody may write to."""
-
-    def __init__(self):
-        self._guarded = []
-
-    def empty(self, *shape, dtype):
-        count = torch.Size(shape).numel()
-        memory = torch.full((count + 2 * GUARD,), 7, dtype=dtype)
-        self._guarded.append(memory)
-        return memory[GUARD + 1 : GUARD + 1 + count].view(shape).fill_(7)
-
-    def of(self, tensor):
-        return self.empty(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
-
-    def check(self):
-        for memory in self._guarded:
-            assert (memory[: GUARD + 1] == 7).all(), "in front"
-            assert (memory[-GUARD + 1 :] == 7).all(), "behind"
 
 
 def last(x):

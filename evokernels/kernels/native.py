@@ -17,6 +17,7 @@ __all__ = [
     "NumbersRecord",
     "Span",
     "TensorRecord",
+    "has_convolution_weights",
     "instruction_set",
     "kernel_address",
     "library",
@@ -107,10 +108,15 @@ def library() -> ctypes.CDLL:
         "evk_norm_relu": (*(pointer,) * 5, int64, int64, int32, int32),
         "evk_scale_relu": (*(pointer,) * 3, int64, int64, int32, int32),
         "evk_norm_relu_backward": (*(pointer,) * 6, int64, int64, int32, int32),
+        "evk_convolution_weights": (*(pointer,) * 5, int64, int32, int32),
     }
     for name, arguments in layers.items():
         function = getattr(native, name)
         function.restype, function.argtypes = None, arguments
+    native.evk_has_convolution_weights.restype = int32
+    native.evk_has_convolution_weights.argtypes = ()
+    native.evk_convolution_room.restype = int64
+    native.evk_convolution_room.argtypes = (pointer, int64, int32)
     return native
 
 
@@ -126,6 +132,11 @@ def library_with_lock() -> ctypes.PyDLL:
     native.evk_commit.restype = None
     native.evk_commit.argtypes = (ctypes.c_void_p, ctypes.c_int32)
     return native
+
+
+def has_convolution_weights() -> bool:
+    """Whether the processor is one for csrc/convolution.h: AVX512-BF16, and no AMX."""
+    return bool(library().evk_has_convolution_weights())
 
 
 def kernel_address(symbol: str) -> int:
