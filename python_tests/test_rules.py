@@ -9,6 +9,7 @@ import statistics
 import pytest
 from synthetic import HURDLE, SyntheticTraining, killed_after, truth
 
+from evokernels.compiler.canonical import canonical_key
 from evokernels.evolution import journal, pool, report
 from evokernels.evolution.journal import JOURNAL
 from evokernels.evolution.run import evolve
@@ -16,7 +17,7 @@ from evokernels.evolution.settings import RunSettings
 from evokernels.evolution.trial import Conditions, Purpose
 from evokernels.genome import Genome
 from evokernels.search import racing
-from evokernels.search.genetic import GeneticConfig
+from evokernels.search.genetic import GeneticConfig, GeneticSearch
 from evokernels.search.score import Status
 
 TASKS = ("fashion_mnist_mini", "mnist")
@@ -318,6 +319,26 @@ def test_the_audit_finds_what_a_reckless_race_kills(training, tmp_path, monkeypa
         better = sum(score > verdict.audited for score in others)
         if verdict.status == "ok":
             assert verdict.false_kill == (better < 3), verdict
+
+
+@pytest.mark.parametrize(("population", "kills"), [(2, 0), (3, 0), (4, 1)])
+def test_where_everybody_is_among_the_best_three_nobody_is_killed(
+    training, tmp_path, monkeypatch, population, kills
+):
+    def first_is_stopped(trial, *args):
+        stopped = trial.purpose is Purpose.SEARCH and canonical_key(trial.optimizer) == first
+        fitness = 0.0 if stopped else 1.0 if canonical_key(trial.optimizer) == first else 0.5
+        changed = {"status": Status.STOPPED if stopped else Status.OK, "fitness": fitness}
+        return dataclasses.replace(training(trial, *args), **changed)
+
+    search = GeneticConfig(population=population, generations=1, elites=0, tournament=1)
+    first = canonical_key(GeneticSearch(search).start().population[0])
+    monkeypatch.setattr(pool, "evaluate", first_is_stopped)
+    settings = dataclasses.replace(SETTINGS, search=search, finalists=1)
+    audited = evolve(settings, tmp_path, audits=5).audit
+    (verdict,) = audited.verdicts
+    assert audited.false_kills == kills
+    assert (verdict.place, verdict.told, verdict.audited) == (0, 0.0, 1.0)
 
 
 # The claim: 1.2 times fewer steps, and no genome of the best three lost

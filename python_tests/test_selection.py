@@ -16,6 +16,7 @@ from evokernels.evolution import journal, pool, report
 from evokernels.evolution.comparison import Estimate
 from evokernels.evolution.history import plateaued
 from evokernels.evolution.journal import JOURNAL
+from evokernels.evolution.ledger import ledger_line
 from evokernels.evolution.run import evolve
 from evokernels.evolution.settings import RunSettings
 from evokernels.evolution.trial import Conditions, Outcome, Purpose
@@ -68,6 +69,8 @@ def test_every_generation_has_seeds_that_nothing_else_has(training, tmp_path):
     assert len(set(used)) == len(used) == 50 * 2 + 2 + 3 + 3
     other = dataclasses.replace(settings, search=dataclasses.replace(settings.search, seed=5))
     assert not set(itertools.chain(*seeds)) & set(other.training_seeds(0))
+    last = dataclasses.replace(settings, seeds=(0, 2**30 - 1))
+    assert last.final_seeds[-1] < min(last.training_seeds(0))
     evolve(settings, tmp_path)
     drawn = query(
         tmp_path, "SELECT DISTINCT generation, seed FROM evaluation WHERE purpose='search'"
@@ -277,6 +280,17 @@ def test_a_generation_of_failures_is_survived(training, tmp_path, monkeypatch):
         result = evolve(settings, tmp_path / str(settings.rotate_seeds), audits=3)
         assert [entry.diverged for entry in result.history] == [12] * 5
         assert result.winner.selected == -1.0
+
+
+def test_a_run_in_which_nothing_is_trained_is_reported(training, tmp_path, monkeypatch):
+    lost = Outcome(Status.TIMED_OUT, -1.0, None, None, 0, 0.1, data="")
+    altered(training, monkeypatch, lambda trial, outcome: lost)
+    search = GeneticConfig(population=2, generations=1, elites=0, tournament=1)
+    result = evolve(dataclasses.replace(SETTINGS, search=search, seeds=(0,)), tmp_path)
+    assert ledger_line(result.ledger) == (
+        "The search took 0 training steps in 4 runs. Steps saved by equal optimizers 0, the "
+        "hurdle 0, the seed race 0, divergence 0: 1.00 times fewer steps, divergence not counted."
+    )
 
 
 # Parity

@@ -48,8 +48,7 @@ class Row:
     @property
     def test_accuracy(self) -> float:
         """On the test split; a run that was not measured classified nothing correctly."""
-        end = self.outcome
-        return (end.accuracy if end.test_accuracy is None else end.test_accuracy) or 0.0
+        return self.outcome.test_accuracy or 0.0
 
     @property
     def hessian_passes(self) -> int:
@@ -180,9 +179,8 @@ class Comparison:
         for version, answer in ((self, "no"), (tuned, "yes")):
             for row in version.rows if version else ():
                 trial, end = row.trial, row.outcome
-                accuracy = None if end.accuracy is None else row.test_accuracy
                 passes = end.steps + row.hessian_passes
-                measured = end.test_fitness, accuracy, end.final_loss, end.steps, passes
+                measured = end.test_fitness, end.test_accuracy, end.final_loss, end.steps, passes
                 what = row.name, answer, setting(trial.optimizer), trial.task, trial.seed
                 writer.writerow((*what, end.status.value, *measured))
         return text.getvalue()

@@ -62,5 +62,6 @@ def ledger_line(ledger: Sequence[Cost]) -> str:
     )
     return (
         f"The search took {search.steps_taken:,} training steps in {search.runs:,} runs. "
-        f"Steps saved by {saved}: {search.factor:.2f} times fewer steps, divergence not counted."
+        f"Steps saved by {saved}: {search.factor or 1.0:.2f} times fewer steps, divergence not "
+        "counted."
     )

@@ -31,7 +31,7 @@ class Winner:
     """How the winner does on fresh seeds.
 
     Attributes:
-        selected: its fitness on the seeds and the split that selected it.
+        selected: its fitness in the search, which made it a finalist or, alone, the winner.
         fresh: its fitness on the same split with fresh seeds.
         test: its fitness on the test split with the same fresh seeds.
     """
