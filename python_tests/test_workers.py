@@ -417,7 +417,7 @@ def test_a_failure_in_the_journal_says_nothing_about_the_data(tmp_path):
     with open_journal(tmp_path, {}) as journal:
         assert journal.find("key", MINI, 0, Purpose.SEARCH).outcome.status is Status.CRASHED
         journal.add(entry(3, Status.OK, "one"))
-        with pytest.raises(JournalError, match="images"):
+        with pytest.raises(JournalError, match="the data of"):
             journal.add(entry(4, Status.OK, "other"))
 
 
@@ -428,7 +428,7 @@ def test_a_run_goes_on_after_a_failure_and_resumes_with_it(monkeypatch, tmp_path
         trials.append(trial)
         if len(trials) == 3:
             raise MemoryError
-        return Outcome(Status.OK, 1 / len(trials), 0.5, 1.0, 3, 0.1, "digest")
+        return Outcome(Status.OK, 1 / len(trials), 0.5, 1.0, 3, 0.1, "digest", test_accuracy=0.5)
 
     monkeypatch.setattr(pool, "evaluate", evaluate)
     settings = RunSettings(
