@@ -20,7 +20,7 @@ from evokernels.evolution.ledger import ledger_line
 from evokernels.evolution.run import evolve
 from evokernels.evolution.settings import RunSettings
 from evokernels.evolution.trial import Conditions, Outcome, Purpose
-from evokernels.search.genetic import GeneticConfig
+from evokernels.search.genetic import GeneticConfig, GeneticSearch
 from evokernels.search.score import Status
 
 TASKS = ("fashion_mnist_mini", "mnist")
@@ -198,6 +198,25 @@ def test_the_finalist_that_holds_on_further_seeds_wins(training, tmp_path, monke
     assert {key for key, _ in told} == {key for key, _ in finals}
     assert result.winner.selected == dict(told)[finals[-1][0]]
     assert (tmp_path / "three" / "best_genome.json").read_text() == result.best.genome.to_json()
+
+
+def test_a_genome_that_failed_in_the_search_is_no_finalist(training, tmp_path, monkeypatch):
+    """However well it does on the final seeds."""
+    search = GeneticConfig(population=3, generations=1, elites=0, tournament=1)
+    best, second, failing = map(canonical_key, GeneticSearch(search).start().population)
+
+    def change(trial, outcome):
+        key = canonical_key(trial.optimizer)
+        fitness = {best: 0.9, second: 0.8, failing: 1.0}.get(key, 0.5)
+        if trial.purpose is Purpose.SEARCH and key == failing:
+            return Outcome(Status.DIVERGED, -1.0, None, None, 3, 0.1, "digest")
+        return Outcome(Status.OK, fitness, fitness, 1.5, 500, 0.1, "digest", test_accuracy=fitness)
+
+    altered(training, monkeypatch, change)
+    settings = dataclasses.replace(SETTINGS, search=search, finalists=3)
+    assert canonical_key(evolve(settings, tmp_path).best.genome) == best
+    finals = "SELECT DISTINCT key FROM evaluation WHERE purpose = 'audit'"
+    assert {key for (key,) in query(tmp_path, finals)} == {best, second}
 
 
 # The plateau

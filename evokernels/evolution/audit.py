@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import random
 from collections.abc import Sequence
 
 from evokernels.evolution.evaluations import Evaluations, Request
+from evokernels.evolution.files import csv_text
 from evokernels.evolution.fitness import genome_score
 from evokernels.evolution.journal import Journal
 from evokernels.evolution.settings import RunSettings
@@ -157,13 +156,13 @@ def judge(evaluations: Evaluations, stopped: Stopped, trials: Sequence[Trial]) -
 
 def audit_csv(audited: Audit) -> str:
     """One line a genome of the sample; generations count from 1, as on screen."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(field.name for field in dataclasses.fields(Verdict))
-    for verdict in audited.verdicts:
-        shown = dataclasses.replace(verdict, generation=verdict.generation + 1)
-        writer.writerow(dataclasses.astuple(shown))
-    return text.getvalue()
+    return csv_text(
+        (field.name for field in dataclasses.fields(Verdict)),
+        (
+            dataclasses.astuple(dataclasses.replace(verdict, generation=verdict.generation + 1))
+            for verdict in audited.verdicts
+        ),
+    )
 
 
 def audit_line(audited: Audit) -> str:
