@@ -37,9 +37,9 @@ class RunSettings:
         rotate_seeds: draw as many seeds anew for every generation; a genome that stays is trained
             again and is worth its mean over all of its seeds. Needs an elite, since it is in every
             generation that a genome must stay to be held against new ones.
-        finalists: how many of the best genomes of the last generation are trained with
-            ``comparison_seeds`` further seeds before the best of them is the winner; with 1 the
-            best score of the search decides.
+        finalists: how many genomes, the best of the search and then of the last generation, are
+            trained with ``comparison_seeds`` further seeds before the best of them is the winner;
+            with 1 the best score of the search decides.
         plateau: end after this many generations in a row without a better genome; 0: never.
 
     Raises:
