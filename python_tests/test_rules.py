@@ -9,12 +9,13 @@ import statistics
 import pytest
 from synthetic import HURDLE, SyntheticTraining, killed_after, truth
 
+from evokernels import zoo
 from evokernels.compiler.canonical import canonical_key
-from evokernels.evolution import journal, pool, report
-from evokernels.evolution.journal import JOURNAL
+from evokernels.evolution import journal, pool, report, rounds
+from evokernels.evolution.journal import JOURNAL, Entry
 from evokernels.evolution.run import evolve
 from evokernels.evolution.settings import RunSettings
-from evokernels.evolution.trial import Conditions, Purpose
+from evokernels.evolution.trial import Conditions, Outcome, Purpose, Trial
 from evokernels.genome import Genome
 from evokernels.search import racing
 from evokernels.search.genetic import GeneticConfig, GeneticSearch
@@ -124,6 +125,45 @@ def test_a_generation_with_harder_seeds_is_not_raced_out(training, tmp_path):
     assert all(entry.raced <= 8 * len(TASKS) for entry in result.history)
     assert sum(entry.raced > 0 for entry in result.history) >= 4
     assert result.audit.false_kills == 0
+
+
+def test_a_genome_that_stays_and_fails_says_nothing_about_the_seeds(
+    training, tmp_path, monkeypatch
+):
+    training.noise, training.common = 0.002, 0.0
+    first = ROTATING.training_seeds(2)[0]
+    before = evolve(ROTATING, tmp_path / "before")
+    (champion,) = query(
+        tmp_path / "before", "SELECT key FROM best_per_generation WHERE generation = 1"
+    )
+
+    def champion_fails(trial, *args):
+        if canonical_key(trial.optimizer) == champion["key"] and trial.seed == first:
+            return Outcome(Status.DIVERGED, -1.0, None, None, 30, 0.1, "digest")
+        return training(trial, *args)
+
+    monkeypatch.setattr(pool, "evaluate", champion_fails)
+    after = evolve(ROTATING, tmp_path / "after")
+    assert after.history[2].diverged == before.history[2].diverged + 1
+    assert after.history[2].raced >= before.history[2].raced > 10
+
+
+def test_what_failed_was_stopped_or_left_out_says_nothing_about_the_seeds():
+    def runner(*outcomes):
+        made = rounds.Runner("key", 0, zoo.adam)
+        for seed, (fitness, status) in enumerate(outcomes):
+            outcome = Outcome(status, fitness, None, None, 500, 0.1, "digest")
+            made.runs[seed] = {"x": Entry(0, 0, "key", Trial(zoo.adam, "x", seed), outcome)}
+        return made
+
+    ok, stopped, lost = Status.OK, Status.STOPPED, Status.DIVERGED
+    runners = [
+        runner((0.5, ok), (0.7, ok), (0.9, ok)),
+        runner((0.5, ok)),
+        runner((0.5, ok), (0.1, stopped)),
+        runner((0.5, ok), (-1.0, lost)),
+    ]
+    assert rounds.complete_scores(runners, (0, 1)) == [{0: 0.5, 1: 0.7}]
 
 
 @pytest.mark.parametrize("change", [{"race": False}, {"seeds": (0,)}])
