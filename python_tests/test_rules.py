@@ -361,15 +361,21 @@ def test_the_audit_finds_what_a_reckless_race_kills(training, tmp_path, monkeypa
             assert verdict.false_kill == (better < 3), verdict
 
 
-@pytest.mark.parametrize(("population", "kills"), [(2, 0), (3, 0), (4, 1)])
-def test_where_everybody_is_among_the_best_three_nobody_is_killed(
-    training, tmp_path, monkeypatch, population, kills
+@pytest.mark.parametrize(
+    ("population", "ends", "kills"),
+    [(2, Status.OK, 0), (3, Status.OK, 0), (4, Status.OK, 1), (4, Status.DIVERGED, 0)],
+)
+def test_a_false_kill_is_a_sound_genome_that_had_a_place_to_lose(
+    training, tmp_path, monkeypatch, population, ends, kills
 ):
     def first_is_stopped(trial, *args):
-        stopped = trial.purpose is Purpose.SEARCH and canonical_key(trial.optimizer) == first
-        fitness = 0.0 if stopped else 1.0 if canonical_key(trial.optimizer) == first else 0.5
-        changed = {"status": Status.STOPPED if stopped else Status.OK, "fitness": fitness}
-        return dataclasses.replace(training(trial, *args), **changed)
+        status, fitness = Status.OK, 0.5
+        if canonical_key(trial.optimizer) == first:
+            stopped = trial.purpose is Purpose.SEARCH
+            status, fitness = (Status.STOPPED, 0.0) if stopped else (ends, 1.0)
+        return dataclasses.replace(
+            training(trial, *args), status=status, fitness=fitness, test_accuracy=0.5
+        )
 
     search = GeneticConfig(population=population, generations=1, elites=0, tournament=1)
     first = canonical_key(GeneticSearch(search).start().population[0])
