@@ -327,6 +327,19 @@ def test_a_larger_audit_only_adds_to_a_smaller_one_even_later(training, tmp_path
     assert {verdict.rule for verdict in large.audit.verdicts} == {"hurdle", "race"}
 
 
+def test_what_failed_and_was_left_out_is_not_audited(training, tmp_path):
+    settings = dataclasses.replace(SETTINGS, seeds=(2, 0))  # many diverge with the first one
+    audited = evolve(settings, tmp_path, audits=1000).audit
+    left_out = query(
+        tmp_path,
+        "SELECT DISTINCT generation, place FROM saving "
+        "JOIN candidate USING (generation, place) WHERE rule = 'race' AND status = 'diverged'",
+    )
+    verdicts = {(verdict.generation, verdict.place) for verdict in audited.verdicts}
+    assert left_out
+    assert not {tuple(row) for row in left_out} & verdicts
+
+
 def test_an_audited_genome_is_trained_with_all_seeds_to_the_end(training, tmp_path):
     audited = evolve(SETTINGS, tmp_path, audits=1000).audit
     for verdict in audited.verdicts:
