@@ -44,7 +44,8 @@ class BuildKernels(build_ext):
 native = Extension(
     "evokernels.kernels.libevokernels",
     sources=[
-        f"csrc/{name}.c" for name in ("runtime", "staging", "random", "squares", "look", "layers")
+        f"csrc/{name}.c"
+        for name in ("runtime", "staging", "random", "squares", "look", "layers", "batches")
     ],
     depends=sorted(glob.glob("csrc/*.h") + glob.glob("evokernels/compiler/*.py")),
     include_dirs=["csrc"],
