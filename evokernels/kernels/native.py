@@ -17,6 +17,7 @@ __all__ = [
     "NumbersRecord",
     "Span",
     "TensorRecord",
+    "has_convolution_weights",
     "instruction_set",
     "kernel_address",
     "library",
@@ -108,10 +109,15 @@ def library() -> ctypes.CDLL:
         "evk_scale_relu": (*(pointer,) * 3, int64, int64, int32, int32),
         "evk_norm_relu_backward": (*(pointer,) * 6, int64, int64, int32, int32),
         "evk_make_batch": (pointer,) * 4,
+        "evk_convolution_weights": (*(pointer,) * 5, int64, int32, int32),
     }
     for name, arguments in others.items():
         function = getattr(native, name)
         function.restype, function.argtypes = None, arguments
+    native.evk_has_convolution_weights.restype = int32
+    native.evk_has_convolution_weights.argtypes = ()
+    native.evk_convolution_room.restype = int64
+    native.evk_convolution_room.argtypes = (pointer, int64, int32)
     return native
 
 
@@ -127,6 +133,11 @@ def library_with_lock() -> ctypes.PyDLL:
     native.evk_commit.restype = None
     native.evk_commit.argtypes = (ctypes.c_void_p, ctypes.c_int32)
     return native
+
+
+def has_convolution_weights() -> bool:
+    """Whether the processor has what csrc/convolution.h needs (AVX512-BF16)."""
+    return bool(library().evk_has_convolution_weights())
 
 
 def kernel_address(symbol: str) -> int:

@@ -24,6 +24,8 @@ __all__ = ["NativeNetwork"]
 
 NORM_ROWS = 256  # EVK_NORM_ROWS
 LANES = 16  # EVK_LANES
+GROUP_IMAGES = 32  # EVK_GROUP_IMAGES
+GROUP_OUTPUTS = 32  # EVK_GROUP_OUTPUTS
 RANDOM_STEPS = 2**16  # of the 16 random bits of an element
 
 
@@ -377,11 +379,31 @@ def _convolution_gradients(
     ctx: Any, gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Of x, where anyone asks for it, and of the weights, float32."""
+    native_weights = native.has_convolution_weights()
     of_x, of_weight, _ = torch.ops.aten.convolution_backward(
         *(gradient, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1),
-        [ctx.needs_input_grad[0], True, False],
+        [ctx.needs_input_grad[0], not native_weights, False],
     )
-    return of_x, of_weight.float()
+    return of_x, weight_gradient(gradient, x) if native_weights else of_weight.float()
+
+
+def weight_gradient(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Of a convolution's weights: float32 (K, C, 3, 3), channels_last, from (N, K, H, W) and
+    (N, C, H, W), channels_last. Only where `native.has_convolution_weights()`.
+    """
+    outputs, library = gradient.shape[1], native.library()
+    images, channels, height, width = x.shape
+    shape = Images(images, height, width, channels)
+    kind, threads = _format_and_threads(x)
+    padded = math.ceil(outputs / GROUP_OUTPUTS) * GROUP_OUTPUTS
+    sums = torch.empty(math.ceil(images / GROUP_IMAGES), 9 * channels, padded)
+    room = torch.empty(threads, library.evk_convolution_room(ctypes.byref(shape), outputs, kind))
+    library.evk_convolution_weights(
+        *(gradient.data_ptr(), x.data_ptr(), sums.data_ptr(), room.data_ptr()),
+        *(ctypes.byref(shape), outputs, kind, threads),
+    )
+    rows = sums.sum(0)[:, :outputs].t().contiguous()
+    return rows.view(outputs, 3, 3, channels).permute(0, 3, 1, 2)
 
 
 def _empty_images(dtype: torch.dtype, *shape: int) -> torch.Tensor:
