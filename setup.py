@@ -45,7 +45,10 @@ native = Extension(
     "evokernels.kernels.libevokernels",
     sources=[
         f"csrc/{name}.c"
-        for name in ("runtime", "staging", "random", "squares", "look", "layers", "convolution")
+        for name in (
+            *("runtime", "staging", "random", "squares", "look"),
+            *("layers", "norm", "convolution", "batches"),
+        )
     ],
     depends=sorted(glob.glob("csrc/*.h") + glob.glob("evokernels/compiler/*.py")),
     include_dirs=["csrc"],

@@ -1,27 +1,11 @@
 #include "layers.h"
 
-#include "kernels.h"
+#include "lanes.h"
 #include "random.h"
 #include "runtime.h"
 #include "share.h"
 
-static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-static int64_t bytes(int32_t format) { return format == EVK_BFLOAT16 ? 2 : 4; }
-
-/* relu and the choice of the largest need no arithmetic: as integers, the bits of positive
- * numbers are ordered as the numbers are, NaN above infinity, and all negative ones are below 0. */
-#define BITS_float32 int32_t
-#define BITS_bfloat16 int16_t
-#define STORED_float32 float
-#define STORED_bfloat16 uint16_t
-#define MAGNITUDE_float32 0x7fffffff
-#define MAGNITUDE_bfloat16 0x7fff
-#define INFINITY_float32 0x7f800000
-#define INFINITY_bfloat16 0x7f80
-#define NAN_float32 0x7fc00000
-#define NAN_bfloat16 0x7fc0
-
+/* relu and the choice of the largest need no arithmetic, with bits as lanes.h orders them. */
 #define LARGER(a, b) ((a) > (b) ? (a) : (b))
 /* A NaN of either sign as the positive one. */
 #define ORDERED(type, bits) \
@@ -39,8 +23,6 @@ EVK_INLINE uint16_t where_bfloat16(int condition, uint16_t x) {
 
 /* relu's gradient: that of z, where relu lets it through. */
 EVK_INLINE float behind_relu(float gradient, float z) { return where(!(z <= 0.0f), gradient); }
-
-enum { LANES = EVK_LANES };
 
 #define LAYERS(type)                                                                           \
     /* One row of pooled pixels from two of the image. */                                      \
@@ -121,73 +103,10 @@ enum { LANES = EVK_LANES };
             const float exact = load_##type(gradient[i]) * scale;                              \
             result[i] = store_##type(behind_relu(exact, load_##type(y[i])));                   \
         }                                                                                      \
-    }                                                                                          \
-                                                                                               \
-    /* Sums over rows of x and x * x, both around the first row. */                            \
-    EVK_CLONES static void add_moments_##type(const STORED_##type *restrict x,                 \
-                                              float *restrict first, float *restrict second,   \
-                                              int64_t rows, int64_t channels) {                \
-        for (int64_t r = 1; r < rows; ++r)                                                     \
-            for (int64_t c = 0; c < channels; ++c) {                                           \
-                const float d = load_##type(x[r * channels + c]) - load_##type(x[c]);          \
-                first[c] += d;                                                                 \
-                second[c] += d * d;                                                            \
-            }                                                                                  \
-    }                                                                                          \
-                                                                                               \
-    EVK_CLONES static void scale_relu_##type(const STORED_##type *restrict x,                  \
-                                             STORED_##type *restrict y,                        \
-                                             const float *restrict mean,                       \
-                                             const float *restrict factor,                     \
-                                             const float *restrict bias, int64_t rows,         \
-                                             int64_t channels) {                               \
-        for (int64_t r = 0; r < rows; ++r)                                                     \
-            for (int64_t c = 0; c < channels; ++c) {                                           \
-                const float centred = load_##type(x[r * channels + c]) - mean[c];              \
-                const float z = centred * factor[c] + bias[c];                                 \
-                y[r * channels + c] = store_##type(behind_relu(z, z));                         \
-            }                                                                                  \
-    }                                                                                          \
-                                                                                               \
-    /* Sums over rows of the gradient behind relu, alone and times the centred x. */           \
-    EVK_CLONES static void add_products_##type(                                                \
-        const STORED_##type *restrict gradient, const STORED_##type *restrict x,               \
-        const float *restrict mean, const float *restrict factor,                              \
-        const float *restrict bias, float *restrict first, float *restrict second,             \
-        int64_t rows, int64_t channels) {                                                      \
-        for (int64_t r = 0; r < rows; ++r)                                                     \
-            for (int64_t c = 0; c < channels; ++c) {                                           \
-                const float centred = load_##type(x[r * channels + c]) - mean[c];              \
-                const float z = centred * factor[c] + bias[c];                                 \
-                const float g = behind_relu(load_##type(gradient[r * channels + c]), z);       \
-                first[c] += g;                                                                 \
-                second[c] += g * centred;                                                      \
-            }                                                                                  \
-    }                                                                                          \
-                                                                                               \
-    /* result = factor * g + slope * (x - mean) + offset. */                                   \
-    EVK_CLONES static void norm_backward_##type(                                               \
-        const STORED_##type *restrict gradient, const STORED_##type *restrict x,               \
-        const float *restrict mean, const float *restrict factor,                              \
-        const float *restrict bias, const float *restrict slope,                               \
-        const float *restrict offset, STORED_##type *restrict result, int64_t rows,            \
-        int64_t channels) {                                                                    \
-        for (int64_t r = 0; r < rows; ++r)                                                     \
-            for (int64_t c = 0; c < channels; ++c) {                                           \
-                const float centred = load_##type(x[r * channels + c]) - mean[c];              \
-                const float z = centred * factor[c] + bias[c];                                 \
-                const float g = behind_relu(load_##type(gradient[r * channels + c]), z);       \
-                result[r * channels + c] =                                                     \
-                    store_##type(g * factor[c] + (centred * slope[c] + offset[c]));            \
-            }                                                                                  \
     }
 
 LAYERS(float32)
 LAYERS(bfloat16)
-
-/* The function of a name for the format at hand. */
-#define CALL(format, name, ...) \
-    ((format) == EVK_BFLOAT16 ? name##_bfloat16(__VA_ARGS__) : name##_float32(__VA_ARGS__))
 
 /* Elements [first, end) of y. */
 static void drop(void *y, uint8_t *code, const evk_dropout *dropout, int32_t format,
@@ -274,12 +193,6 @@ void evk_pool_backward(const void *gradient, const uint8_t *code, void *result, 
     share_out(spread_images, &task, images->images, threads);
 }
 
-/* One number for each of LANES channels. */
-typedef float vector __attribute__((vector_size(4 * LANES)));
-typedef int32_t integers __attribute__((vector_size(4 * LANES)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-typedef uint8_t small __attribute__((vector_size(LANES)));
-
 enum { TAPS = 9, BIAS = TAPS, WEIGHTS };
 
 /* Multiplication and addition in one where the processor can, as the products of other layers have
@@ -336,19 +249,6 @@ enum { TAPS = 9, BIAS = TAPS, WEIGHTS };
         for (int t = 0; t < WEIGHTS; ++t)                                                      \
             memcpy(sums + t * channels, &sum[t], sizeof sum[t]);                               \
     }
-
-#define LOAD(type, from)                                                                       \
-    (__extension__({                                                                           \
-        type loaded;                                                                           \
-        memcpy(&loaded, from, sizeof loaded);                                                  \
-        loaded;                                                                                \
-    }))
-
-/* Bits of positive floats, or of the NaN above, as they are stored, and back. */
-#define ROUNDED_float32(bits) (bits)
-#define ROUNDED_bfloat16(bits) (((bits) + 0x7fff + ((bits) >> 16 & 1)) >> 16)
-#define WIDENED_float32(bits) (bits)
-#define WIDENED_bfloat16(bits) (__builtin_convertvector(bits, integers) << 16)
 
 CONVOLUTION(float32, integers)
 CONVOLUTION(bfloat16, halves)
@@ -453,144 +353,4 @@ void evk_relu_backward(const void *gradient, const void *y, void *result, int64_
     const rectifying task = {.gradient = gradient, .x = y, .y = result, .n = n, .scale = scale,
                              .format = format};
     share_out(relu_backward_blocks, &task, blocks_of(n), threads);
-}
-
-/* Of batch norms, forward and backward. */
-typedef struct {
-    const void *gradient;
-    const void *x;
-    void *y;
-    const float *saved; /* float (4, channels), see below */
-    const float *slope, *offset;
-    float *sums; /* float (parts, 2, channels) */
-    int64_t rows, channels;
-    int32_t format;
-} norming;
-
-/* What each row of `saved` has. */
-enum { MEAN, INVERSE, FACTOR, BETA };
-
-static int64_t parts_of(int64_t rows) { return (rows + EVK_NORM_ROWS - 1) / EVK_NORM_ROWS; }
-
-static int64_t rows_in(const norming *t, int64_t part) {
-    return smaller(EVK_NORM_ROWS, t->rows - part * EVK_NORM_ROWS);
-}
-
-/* The first element of a part of a tensor. */
-static void *part_of(const norming *t, const void *tensor, int64_t part) {
-    return (char *)tensor + part * EVK_NORM_ROWS * t->channels * bytes(t->format);
-}
-
-static const float *saved_row(const norming *t, int row) { return t->saved + row * t->channels; }
-
-static void moments_of_parts(const void *task, int64_t first, int64_t end) {
-    const norming *t = task;
-    for (int64_t part = first; part < end; ++part) {
-        float *sums = t->sums + part * 2 * t->channels;
-        memset(sums, 0, 2 * t->channels * sizeof *sums);
-        CALL(t->format, add_moments, part_of(t, t->x, part), sums, sums + t->channels,
-             rows_in(t, part), t->channels);
-    }
-}
-
-static void scale_parts(const void *task, int64_t first, int64_t end) {
-    const norming *t = task;
-    for (int64_t part = first; part < end; ++part)
-        CALL(t->format, scale_relu, part_of(t, t->x, part), part_of(t, t->y, part),
-             saved_row(t, MEAN), saved_row(t, FACTOR), saved_row(t, BETA), rows_in(t, part),
-             t->channels);
-}
-
-static void products_of_parts(const void *task, int64_t first, int64_t end) {
-    const norming *t = task;
-    for (int64_t part = first; part < end; ++part) {
-        float *sums = t->sums + part * 2 * t->channels;
-        memset(sums, 0, 2 * t->channels * sizeof *sums);
-        CALL(t->format, add_products, part_of(t, t->gradient, part), part_of(t, t->x, part),
-             saved_row(t, MEAN), saved_row(t, FACTOR), saved_row(t, BETA), sums,
-             sums + t->channels, rows_in(t, part), t->channels);
-    }
-}
-
-static void norm_backward_parts(const void *task, int64_t first, int64_t end) {
-    const norming *t = task;
-    for (int64_t part = first; part < end; ++part)
-        CALL(t->format, norm_backward, part_of(t, t->gradient, part), part_of(t, t->x, part),
-             saved_row(t, MEAN), saved_row(t, FACTOR), saved_row(t, BETA), t->slope, t->offset,
-             part_of(t, t->y, part), rows_in(t, part), t->channels);
-}
-
-static float element(const norming *t, const void *tensor, int64_t i) {
-    return t->format == EVK_BFLOAT16 ? load_bfloat16(((const uint16_t *)tensor)[i])
-                                     : ((const float *)tensor)[i];
-}
-
-/* Mean and sum of squares around it of one channel, from those of the parts: Chan, Golub &
- * LeVeque 1983, "Algorithms for computing the sample variance". */
-static void join_moments(const norming *t, int64_t channel, double *mean, double *squares) {
-    double seen = 0;
-    *mean = *squares = 0;
-    for (int64_t part = 0; part < parts_of(t->rows); ++part) {
-        const float *sums = t->sums + part * 2 * t->channels;
-        const double n = (double)rows_in(t, part);
-        const double shift = (double)sums[channel] / n;
-        const double delta = element(t, part_of(t, t->x, part), channel) + shift - *mean;
-        seen += n;
-        *mean += delta * (n / seen);
-        *squares += sums[t->channels + channel] - n * shift * shift +
-                    delta * delta * (n * (seen - n) / seen);
-    }
-    *squares = *squares < 0 ? 0 : *squares; /* of equal numbers, rounded; NaN stays */
-}
-
-void evk_norm_relu(const void *x, void *y, const evk_norm *norm, float *saved, float *sums,
-                   int64_t rows, int64_t channels, int32_t format, int32_t threads) {
-    const norming task = {.x = x, .y = y, .saved = saved, .sums = sums, .rows = rows,
-                          .channels = channels, .format = format};
-    share_out(moments_of_parts, &task, parts_of(rows), threads);
-    for (int64_t c = 0; c < channels; ++c) {
-        double mean, squares;
-        join_moments(&task, c, &mean, &squares);
-        const double inverse = 1 / sqrt(squares / (double)rows + norm->epsilon);
-        saved[MEAN * channels + c] = (float)mean;
-        saved[INVERSE * channels + c] = (float)inverse;
-        saved[FACTOR * channels + c] = (float)(norm->weight[c] * inverse);
-        saved[BETA * channels + c] = norm->bias[c];
-        norm->running_mean[c] += norm->momentum * ((float)mean - norm->running_mean[c]);
-        norm->running_variance[c] +=
-            norm->momentum * ((float)(squares / (double)(rows - 1)) - norm->running_variance[c]);
-    }
-    share_out(scale_parts, &task, parts_of(rows), threads);
-}
-
-void evk_scale_relu(const void *x, void *y, const float *saved, int64_t rows, int64_t channels,
-                    int32_t format, int32_t threads) {
-    const norming task = {.x = x, .y = y, .saved = saved, .rows = rows, .channels = channels,
-                          .format = format};
-    share_out(scale_parts, &task, parts_of(rows), threads);
-}
-
-void evk_norm_relu_backward(const void *gradient, const void *x, const float *saved, void *result,
-                            float *parameters, float *sums, int64_t rows, int64_t channels,
-                            int32_t format, int32_t threads) {
-    norming task = {.gradient = gradient, .x = x, .y = result, .saved = saved, .sums = sums,
-                    .rows = rows, .channels = channels, .format = format};
-    share_out(products_of_parts, &task, parts_of(rows), threads);
-    float *slope = sums, *offset = sums + channels; /* once all has been added up */
-    for (int64_t c = 0; c < channels; ++c) {
-        double first = 0, second = 0;
-        for (int64_t part = 0; part < parts_of(rows); ++part) {
-            first += sums[part * 2 * channels + c];
-            second += sums[(part * 2 + 1) * channels + c];
-        }
-        const double inverse = saved[INVERSE * channels + c];
-        const double factor = saved[FACTOR * channels + c];
-        parameters[c] = (float)(second * inverse);
-        parameters[channels + c] = (float)first;
-        slope[c] = (float)(-factor * inverse * inverse * second / (double)rows);
-        offset[c] = (float)(-factor * first / (double)rows);
-    }
-    task.slope = slope;
-    task.offset = offset;
-    share_out(norm_backward_parts, &task, parts_of(rows), threads);
 }

@@ -98,7 +98,7 @@ def library() -> ctypes.CDLL:
     native.evk_sum_of_squares.restype = ctypes.c_double
     native.evk_sum_of_squares.argtypes = (pointer, pointer, int64, int32)
     native.evk_instruction_set.restype = ctypes.c_char_p
-    layers = {
+    others = {
         "evk_pool": (pointer, pointer, pointer, pointer, pointer, int32, int32),
         "evk_pool_backward": (*(pointer,) * 5, ctypes.c_float, int32, int32),
         "evk_convolve_pool": (*(pointer,) * 5, int32, int32),
@@ -108,9 +108,10 @@ def library() -> ctypes.CDLL:
         "evk_norm_relu": (*(pointer,) * 5, int64, int64, int32, int32),
         "evk_scale_relu": (*(pointer,) * 3, int64, int64, int32, int32),
         "evk_norm_relu_backward": (*(pointer,) * 6, int64, int64, int32, int32),
+        "evk_make_batch": (pointer,) * 4,
         "evk_convolution_weights": (*(pointer,) * 5, int64, int32, int32),
     }
-    for name, arguments in layers.items():
+    for name, arguments in others.items():
         function = getattr(native, name)
         function.restype, function.argtypes = None, arguments
     native.evk_has_convolution_weights.restype = int32
