@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import dataclasses
+import pickle
 import resource
 
 import pytest
@@ -502,6 +503,71 @@ def test_what_there_is_no_operation_for_is_named(modules, named):
     with pytest.raises(BackendError, match=r"begins with .*; run the network itself") as caught:
         NativeNetwork(Net(*modules))
     assert named in str(caught.value)
+
+
+def strided_norm(network):
+    norm = network.network.features[1]
+    norm.weight.data = torch.ones(2 * len(norm.weight))[::2]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda network: network.double(), "torch.float64"),
+        (lambda network: network.network.half(), "torch.float16"),
+        (lambda network: network.to("meta"), "on meta"),
+        (strided_norm, "strides (2,)"),
+    ],
+)
+def test_a_network_that_is_changed_is_refused(change, named):
+    network = NativeNetwork(CifarCNN())
+    change(network)
+    with pytest.raises(BackendError, match="run the network itself") as caught:
+        network(torch.zeros(2, 3, 32, 32))
+    assert named in str(caught.value)
+
+
+def test_other_types_and_other_images_are_refused():
+    with pytest.raises(BackendError, match="not in torch.float16"):
+        NativeNetwork(SmallCNN(), torch.float16)
+    with pytest.raises(BackendError, match="images of one channel, got 3"):
+        NativeNetwork(SmallCNN())(torch.zeros(2, 3, 28, 28))
+    network = NativeNetwork(CifarCNN()).eval()
+    with pytest.raises(BackendError, match="no gradient in eval mode"):
+        network(torch.zeros(2, 3, 32, 32)).sum().backward()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_a_copy_computes_with_weights_of_its_own(copied):
+    network = NativeNetwork(SmallCNN()).eval()
+    x = torch.randn(2, 1, 28, 28)
+    before, copy_of = network(x), copied(network)
+    with torch.no_grad():
+        for parameter in copy_of.parameters():
+            parameter.zero_()
+    assert not copy_of(x).any()
+    assert torch.equal(network(x), before)
+
+
+def test_gradients_do_not_depend_on_the_default_type():
+    weights = SmallCNN().state_dict()
+    expected = native_gradients(weights)
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = native_gradients(weights)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(expected, again, strict=True):
+        assert torch.equal(one, other)
+
+
+def native_gradients(weights):
+    network = SmallCNN().float()
+    network.load_state_dict(weights)
+    torch.manual_seed(0)
+    x = torch.ones(2, 1, 28, 28, dtype=torch.float32)
+    NativeNetwork(network)(x).sum().backward()
+    return [parameter.grad for parameter in network.parameters()]
 
 
 def test_a_dropout_may_drop_everything():
