@@ -20,7 +20,16 @@ from evokernels.evolution.evaluator import evaluate
 from evokernels.evolution.precision import Autocast, best_precision, computing
 from evokernels.evolution.trial import Conditions, Trial
 from evokernels.kernels import native
-from evokernels.tasks import CifarCNN, ConvNet, NativeNetwork, SmallCNN, layers, load_images
+from evokernels.tasks import (
+    CifarCNN,
+    ConvNet,
+    NativeNetwork,
+    SmallCNN,
+    layers,
+    load_images,
+    training_batches,
+)
+from evokernels.tasks.images import Batch, ImageData, ImageMaker
 from evokernels.tasks.layers import Dropout, Images, Norm
 
 CPU = torch.device("cpu")
@@ -284,6 +293,20 @@ def test_batch_norm_of_what_is_not_finite(dtype):
     assert result[:, 1].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7FC00000])
+def test_batch_norm_with_any_nan_for_a_bias_is_nan(dtype, bits):
+    bias = torch.zeros(33)
+    bias.view(torch.int32)[[1, 2, 32]] = bits
+    y, result, *_ = normed(
+        torch.randn(5, 33).to(dtype), torch.ones(5, 33).to(dtype), torch.ones(33), bias
+    )
+    nan = bias.isnan()
+    assert y[:, nan].isnan().all()
+    assert y[:, ~nan].isfinite().all()
+    assert result[:, ~nan].isfinite().all()
+
+
 # Networks
 
 
@@ -528,7 +551,7 @@ def test_a_network_that_is_changed_is_refused(change, named):
 
 
 def test_other_types_and_other_images_are_refused():
-    with pytest.raises(BackendError, match="not in torch.float16"):
+    with pytest.raises(BackendError, match=r"float32 or torch.bfloat16, not in"):
         NativeNetwork(SmallCNN(), torch.float16)
     with pytest.raises(BackendError, match="images of one channel, got 3"):
         NativeNetwork(SmallCNN())(torch.zeros(2, 3, 28, 28))
@@ -613,6 +636,56 @@ def test_without_the_library_there_is_no_native_network(monkeypatch, tmp_path):
             computing(SmallCNN(), CPU, "float32")
     finally:
         native.library.cache_clear()
+
+
+# Batches
+
+
+def moved(image, mirrored, down, right):
+    """An image (C, H, W), mirrored or not, as it is seen from a crop that begins there."""
+    _, height, width = image.shape
+    crop = torch.zeros_like(image)
+    image = image.flip(2) if mirrored else image
+    for h in range(height):
+        for w in range(width):
+            if 0 <= h + down < height and 0 <= w + right < width:
+                crop[:, h, w] = image[:, h + down, w + right]
+    return crop
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 5, 3), (3, 4, 7), (2, 1, 6)])
+def test_a_batch_is_gathered_mirrored_moved_and_normalised(shape):
+    torch.manual_seed(0)
+    memory, batch = Memory(), 40
+    split = memory.of(torch.randint(256, (9, *shape), dtype=torch.uint8))
+    levels = memory.of(torch.randn(shape[0], 256))
+    x = memory.empty(batch, *shape[1:], shape[0], dtype=torch.float32)
+    chosen, mirrored = torch.randint(9, (batch,)), torch.rand(batch) < 0.5
+    down, right = torch.randint(-9, 10, (2, batch))  # from far outside to far outside
+    arrays = (tensor.data_ptr() for tensor in (chosen, mirrored, down, right))
+    native.library().evk_make_batch(
+        *(split.data_ptr(), levels.data_ptr(), x.data_ptr()),
+        ctypes.byref(Batch(*arrays, batch, *shape)),
+    )
+    memory.check()
+    for i in range(batch):
+        image = moved(split[chosen[i]], mirrored[i], int(down[i]), int(right[i]))
+        expected = torch.stack([levels[c][image[c].long()] for c in range(shape[0])])
+        assert torch.equal(x[i].permute(2, 0, 1), expected)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("augment", [False, True])
+def test_batches_of_one_pass_are_those_of_tensor_operations(channels, augment, monkeypatch):
+    x = torch.randint(256, (50, channels, 8, 9), dtype=torch.uint8)
+    y = torch.randint(10, (50,))
+    statistics = (0.1, 0.2, 0.3)[:channels], (0.4, 0.5, 0.6)[:channels]
+    data = ImageData("test", x, y, x, y, *statistics, 10, x, y, augment)
+    once = list(training_batches(data, 16, 7, seed=3))
+    # what batches on another device are made with
+    monkeypatch.setattr(ImageMaker, "_in_one_pass", ImageMaker._by_operations)
+    for left, right in zip(once, training_batches(data, 16, 7, seed=3), strict=True):
+        assert all(map(torch.equal, left, right))
 
 
 # Precision

@@ -539,7 +539,7 @@ def test_batches_have_the_documented_shapes_and_types():
         for x, y in tasks.training_batches(data, 32, steps=4, seed=0):
             assert x.shape == (32, 3, 32, 32)
             assert x.dtype == torch.float32
-            assert x.is_contiguous()
+            assert x.is_contiguous(memory_format=torch.channels_last)
             assert y.shape == (32,)
             assert y.dtype == torch.int64
         assert torch.equal(data.x_train, before)

@@ -134,12 +134,14 @@ class ImageMaker:
         images = getattr(self._data, f"x_{split}")
         # first: this raises for what is not in the split
         y = getattr(self._data, f"y_{split}")[draw.chosen]
-        if images.device.type == "cpu":
-            return self._in_one_pass(images, draw), y
+        make = self._in_one_pass if images.device.type == "cpu" else self._by_operations
+        return make(images, draw), y
+
+    def _by_operations(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
         x = images[draw.chosen]
         if draw.mirrored is not None:
             x = _mirrored_and_cropped(x, draw)
-        return self._normalised(x), y
+        return self._normalised(x)
 
     def _normalised(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
