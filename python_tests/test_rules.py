@@ -327,9 +327,15 @@ def test_a_larger_audit_only_adds_to_a_smaller_one_even_later(training, tmp_path
     assert {verdict.rule for verdict in large.audit.verdicts} == {"hurdle", "race"}
 
 
-def test_what_failed_and_was_left_out_is_not_audited(training, tmp_path):
-    settings = dataclasses.replace(SETTINGS, seeds=(2, 0))  # many diverge with the first one
-    audited = evolve(settings, tmp_path, audits=1000).audit
+def test_what_failed_and_was_left_out_is_not_audited(training, tmp_path, monkeypatch):
+    def the_worst_fail(trial, *args):
+        outcome = training(trial, *args)
+        lost = outcome.fitness < 0.86 and trial.purpose is Purpose.SEARCH
+        changed = {"status": Status.DIVERGED, "fitness": -1.0} if lost else {}
+        return dataclasses.replace(outcome, **changed)
+
+    monkeypatch.setattr(pool, "evaluate", the_worst_fail)
+    audited = evolve(SETTINGS, tmp_path, audits=1000).audit
     left_out = query(
         tmp_path,
         "SELECT DISTINCT generation, place FROM saving "
