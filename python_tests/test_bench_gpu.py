@@ -24,6 +24,7 @@ from gpu_timing import DeviceStopwatch, Gpu
 from timing import median_of
 
 from evokernels import zoo
+from evokernels.evolution import evaluator
 from evokernels.evolution.trial import Conditions
 
 CONFTEST = pathlib.Path(__file__).with_name("conftest.py")
@@ -293,13 +294,15 @@ def test_a_contestant_that_is_wrong_has_no_row(command, tiny, monkeypatch):
     assert "| source eager |" not in out
 
 
-def test_both_evaluations_train_alike():
+def test_both_evaluations_train_alike(monkeypatch):
+    # with dropout as torch has it, which is what a GPU trains with
+    monkeypatch.setattr(evaluator, "computing", lambda model, *_, plain: model)
     found = gpu_evaluation.compare_evaluations(
         "fashion_mnist_mini", Conditions(20, 64, None), None, torch.device("cpu"), passes=1
     )
-    evaluator, source = found["fitness"].values()
-    assert evaluator == pytest.approx(source, abs=0.01)
-    assert evaluator > 0.3  # chance is 0.1
+    ours, source = found["fitness"].values()
+    assert ours == pytest.approx(source, abs=0.01)
+    assert ours > 0.3  # chance is 0.1
 
 
 # Timing
