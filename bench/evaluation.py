@@ -151,13 +151,14 @@ def measure(options: argparse.Namespace) -> Results:
                     else time_ours(loop, lengths, threads, options.data_dir)
                 )
         bar.show(options.passes, options.passes, "profile")
-        profiles = {
-            task: {
-                loop: profile_loop(loop, task, data[task], loaders[task]["chosen"], options.profile)
-                for loop in options.loops
-            }
-            for task in (PROFILED if options.profile else ())
+        profiles: dict[str, dict[str, dict[str, float]]] = {
+            task: {} for task in (PROFILED if options.profile else ())
         }
+        # the source's for all tasks first: our evaluation changes how this process keeps memory
+        for loop in options.loops:
+            for task, groups in profiles.items():
+                loader = loaders[task]["chosen"]
+                groups[loop] = profile_loop(loop, task, data[task], loader, options.profile)
     return {
         "command": shlex.join(["python", *sys.argv]),
         "processor": processor(),
@@ -307,7 +308,8 @@ def genome_table(results: Results) -> Iterable[str]:
     """Seconds, ratios to the source's loop, fitness, and the start of the workers."""
     lengths, passes = results["steps measured"], results["passes"]
     seconds = {loop: [seconds_a_genome(one[loop], lengths) for one in passes] for loop in passes[0]}
-    head = ["loop", "seconds a genome", "from–to", "times as fast", "fitness", "start, seconds"]
+    fitness = f"fitness, {lengths[-1]} steps"
+    head = ["loop", "seconds a genome", "from–to", "times as fast", fitness, "start, seconds"]
     rows = []
     for loop, times in seconds.items():
         ratios = [a / b for a, b in zip(seconds.get(SOURCE, times), times, strict=True)]

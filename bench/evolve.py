@@ -221,9 +221,11 @@ def told(settings: RunSettings, folder: pathlib.Path, result: RunResult) -> str:
     sentences.append(ledger_line(result.ledger))
     if result.audit:
         sentences.append(audit_line(result.audit))
+    if result.best.score.status.failed:
+        sentences.append("Every genome failed in at least one of its training runs.")
     sentences.append(
         f"The best genome, of fitness {result.best.score.fitness:.4f} on the seeds and the "
-        f"{settings.selection_split} split that selected it:"
+        f"{settings.selection_split} split of the search:"
     )
     return textwrap.fill(" ".join(sentences), 100, break_on_hyphens=False)
 

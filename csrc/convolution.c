@@ -42,7 +42,7 @@ int64_t evk_convolution_room(const evk_images *images, int64_t outputs, int32_t 
     return words_of_x(&p) + p.gradient_rows * p.gradient_row;
 }
 
-#if defined(EVK_DISPATCH) && __GNUC__ >= 10
+#if defined(EVK_DISPATCH) && __GNUC__ >= 11
 
 #include <immintrin.h>
 
@@ -50,7 +50,8 @@ int64_t evk_convolution_room(const evk_images *images, int64_t outputs, int32_t 
 
 int32_t evk_has_convolution_weights(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16") &&
+           !__builtin_cpu_supports("amx-bf16");
 }
 
 typedef struct {

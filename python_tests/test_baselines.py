@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+import pytorch_optimizer
 import torch
 from torch import nn
 
@@ -144,7 +145,7 @@ def test_every_baseline_has_its_formula_tested():
     assert tested == set(METHODS) == set(BASELINES)
 
 
-def test_sophia_by_the_formulas():
+def test_sophia_by_the_formulas(monkeypatch):
     # Liu et al. 2023, Algorithms 1 and 3, with the limit of its first version: 0.01
     model = Matrix()
     model.slope[:] = 0.0
@@ -153,7 +154,11 @@ def test_sophia_by_the_formulas():
     optimizer = build_optimizer(BASELINES["sophia"], model, 12)
     expected = model.p.detach().numpy().copy()
     m = h = np.zeros((4, 3))
+    noise = []
+    draw = torch.randn_like
+    monkeypatch.setattr(torch, "randn_like", lambda p: noise.append(draw(p)) or noise[-1])
     torch.manual_seed(7)
+    of_the_run = torch.randn(4, 3, dtype=torch.float64)
     clipped = set()
     for step in range(12):
         optimizer.zero_grad()
@@ -162,9 +167,7 @@ def test_sophia_by_the_formulas():
         optimizer.step()
         assert torch.equal(torch.get_rng_state(), before)
         if step in (0, 10):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(7 + (step + 1 << 32))
-                z = torch.randn(4, 3, dtype=torch.float64).numpy()
+            z = noise[-1].numpy()
             h = 0.99 * h + 0.01 * z * (model.hessian @ z.ravel()).reshape(4, 3)
         m = 0.96 * m + 0.04 * model.gradient(expected)
         ratio = m / np.maximum(h, 1e-12)
@@ -172,6 +175,9 @@ def test_sophia_by_the_formulas():
         expected -= 6e-2 * np.clip(ratio, -0.01, 0.01)
         np.testing.assert_allclose(model.p.detach().numpy(), expected, rtol=1e-9)
     assert clipped == {True, False}
+    assert len(noise) == 2
+    for one, other in itertools.combinations([of_the_run, *noise], 2):
+        assert not torch.equal(one, other)
 
 
 def test_sophia_counts_its_passes_and_frees_its_graphs(monkeypatch):
@@ -319,6 +325,22 @@ def test_a_schedule_is_for_all_groups():
     baseline = dataclasses.replace(BASELINES["muon"], use_warmup=True, warmup_steps=4)
     optimizer = build_optimizer(baseline, SmallCNN(), 10)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.005, 0.75e-4])
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_schedule_counts_each_step_once(name):
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(3)))
+    # torch then wraps the step of the class that ours is made of, too
+    pytorch_optimizer.SophiaH([nn.Parameter(torch.ones(2, 2))])
+    baseline = dataclasses.replace(BASELINES[name], use_warmup=True, warmup_steps=4)
+    optimizer = build_optimizer(baseline, model, 10)
+    factors = []
+    for _ in range(4):
+        loss = model(torch.ones(1, 2)).square().sum()
+        getattr(optimizer, "backward", torch.Tensor.backward)(loss)
+        factors.append(optimizer.param_groups[0]["lr"] / baseline.lr)
+        optimizer.step()
+    assert factors == pytest.approx([0.25, 0.5, 0.75, 1.0])
 
 
 def test_a_genome_is_built_with_its_length():

@@ -64,6 +64,7 @@ def test_the_command_writes_what_it_measured(small, monkeypatch, tmp_path, capsy
     assert text == "\n".join(page(results)) + "\n"
     assert text.strip() in capsys.readouterr().out
     assert "Extrapolated" in text
+    assert "| fitness, 2 steps |" in text
     (measured,) = results["passes"]
     assert measured.keys() == {"source", "float32"}
     for loop in measured.values():

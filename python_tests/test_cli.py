@@ -333,7 +333,7 @@ def test_a_complete_run_shows_its_result_and_the_three_lines_run(command, killed
         assert part in out
     text = " ".join(out.split())
     for part in (
-        *("on the seeds and the validation split that selected it:", "Steps saved by"),
+        *("on the seeds and the validation split of the search:", "Steps saved by"),
         *(
             "On seeds 1, which the selection has not seen",
             "the test split, which selected nothing:",
@@ -358,7 +358,7 @@ def test_parity_is_labelled_and_an_audit_reported(command, tmp_path):
     text = " ".join(out.split())
     for part in (
         *("Parity: this is the protocol of the source system.", "Audit: of 0 genomes that"),
-        *("the test split that selected it:", "test split, which is the one that selected:"),
+        *("the test split of the search:", "test split, which is the one that selected:"),
         "ledger.csv, audit.csv and the journal",
     ):
         assert part in text

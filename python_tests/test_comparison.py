@@ -104,6 +104,12 @@ def test_the_file_has_every_run_and_the_test_split():
     assert untuned.overall_accuracy("s").mean == 0.0
 
 
+def test_a_run_that_was_not_tested_has_no_test_fitness():
+    selected = ended(None)
+    with pytest.raises(ValueError, match="only a trial for a report"):
+        _ = selected.test_fitness
+
+
 # Tuning
 
 
@@ -197,7 +203,8 @@ class FakeTraining:
         number = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 1000 / 1000
         if number < 0.1:
             return Outcome(Status.DIVERGED, -1.0, None, None, 3, 0.1, "digest")
-        return Outcome(Status.OK, number, number, 1.5, conditions.steps, 0.1, "digest")
+        tested = number if trial.purpose is Purpose.REPORT else None
+        return Outcome(Status.OK, number, number, 1.5, conditions.steps, 0.1, "digest", tested)
 
 
 @pytest.fixture
@@ -324,7 +331,8 @@ def test_other_conditions_are_refused(training, tmp_path):
         ({"tasks": ("imagenet",)}, DatasetError, "imagenet"),
         ({"tasks": ()}, SettingsError, "tasks must be one or more different values, got none"),
         ({"seeds": (1, 1)}, SettingsError, "seeds must be one or more different values, got 1 1"),
-        ({"seeds": (-1,)}, SettingsError, "seeds must be at least 0, got -1"),
+        ({"seeds": (-1,)}, SettingsError, "seeds must be from 0 to 2147483647, got -1"),
+        ({"seeds": (0, 2**31)}, SettingsError, "seeds must be from .*, got 2147483648"),
         ({"optimizers": {}}, SettingsError, "optimizers must be one or more"),
         ({"device": "tpu"}, SettingsError, "device must be cpu"),
         ({"trials": -1}, SettingsError, "trials must be at least 0, got -1"),

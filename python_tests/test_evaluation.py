@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from evokernels import zoo
+from evokernels.errors import DatasetError
 from evokernels.evolution.evaluator import evaluate
 from evokernels.evolution.fitness import run_fitness
 from evokernels.evolution.trial import Conditions, Purpose, Trial
@@ -49,3 +50,9 @@ def test_a_purpose_says_on_which_splits_a_run_is_measured(
     if reported:
         assert outcome.test_accuracy < 0.2
         assert outcome.test_fitness == run_fitness(outcome.test_accuracy, outcome.final_loss)
+
+
+def test_a_split_that_was_not_loaded_is_refused():
+    data = load_images(MINI, None, CONDITIONS.train_samples)
+    with pytest.raises(DatasetError, match=r"validation_samples is 100, but .* without any; load"):
+        evaluate(Trial(zoo.adam, MINI, 0), CONDITIONS, data)

@@ -16,7 +16,7 @@ import torch
 from evokernels import zoo
 from evokernels.compiler.canonical import canonical_key
 from evokernels.errors import DatasetError, JournalError, SettingsError
-from evokernels.evolution import evaluator, journal, pool
+from evokernels.evolution import evaluator, journal, pool, report
 from evokernels.evolution.evaluator import EVALUATION_VERSION, evaluate
 from evokernels.evolution.fitness import diverged, final_loss, genome_score, run_fitness
 from evokernels.evolution.journal import JOURNAL, Entry, open_journal
@@ -171,7 +171,9 @@ class FakeTraining:
         number = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 1000
         if number < 100:
             return Outcome(Status.DIVERGED, -1.0, None, None, 3, 0.1, self.images)
-        return Outcome(Status.OK, number / 1000, number / 1000, 1.5, 6, 0.1, self.images)
+        accuracy = number / 1000
+        tested = accuracy if trial.purpose is Purpose.REPORT else None
+        return Outcome(Status.OK, accuracy, accuracy, 1.5, 6, 0.1, self.images, tested)
 
 
 @pytest.fixture
@@ -260,6 +262,22 @@ def test_a_complete_run_trains_nothing(training, tmp_path):
     assert read(tmp_path) == files
 
 
+def test_a_replay_does_not_set_the_files_back(training, tmp_path, monkeypatch):
+    written = []
+    write = report.write_history
+    monkeypatch.setattr(
+        report, "write_history", lambda *args: (written.append(len(args[1])), write(*args))
+    )
+    training.fails_at = 30
+    with pytest.raises(Killed):
+        evolve(SETTINGS, tmp_path)
+    assert written == [1]
+    training.fails_at = None
+    evolve(SETTINGS, tmp_path)
+    evolve(SETTINGS, tmp_path)
+    assert written == [1, 2, 3, 4, 4, 4]
+
+
 def test_interrupted_anywhere_a_run_resumes_bit_identically(training, tmp_path):
     whole = evolve(SETTINGS, tmp_path / "whole")
     total = len(training.trials)
@@ -287,6 +305,7 @@ def test_interrupted_anywhere_a_run_resumes_bit_identically(training, tmp_path):
         ({"tasks": ()}, "tasks must be .*none"),
         ({"seeds": (1, 1)}, "seeds must be .*1 1"),
         ({"seeds": (-1,)}, "seeds must be at least 0, got -1"),
+        ({"seeds": (0, 2**30)}, "seeds must be below 1073741824, got 1073741824"),
         ({"threads": 0}, "threads must be at least 1"),
         ({"device": "gpu"}, "device must be cpu, cuda or cuda:N, got 'gpu'"),
         ({"conditions": Conditions(0, 8, None)}, "steps must be at least 1"),

@@ -101,6 +101,7 @@ def test_a_run_ends_after_exactly_fifty_steps(monkeypatch, data, hurdle, steps, 
         (True, Purpose.AUDIT, 60, Status.OK, 60),
         (True, Purpose.REPORT, 60, Status.OK, 60),
         (False, Purpose.SEARCH, 60, Status.OK, 60),
+        (True, Purpose.SEARCH, 50, Status.OK, 50),  # that was its end anyway
         (True, Purpose.SEARCH, 49, Status.OK, 49),
     ],
 )

@@ -3,10 +3,12 @@
 import copy
 import ctypes
 import dataclasses
+import pickle
 import resource
 
 import pytest
 import torch
+from guarded import Memory
 from torch import nn
 from torch.nn import functional
 
@@ -15,7 +17,7 @@ from evokernels.errors import BackendError, SettingsError
 from evokernels.evolution import precision
 from evokernels.evolution.devices import keep_memory
 from evokernels.evolution.evaluator import evaluate
-from evokernels.evolution.precision import Autocast, TwiceDifferentiable, best_precision, computing
+from evokernels.evolution.precision import Autocast, best_precision, computing
 from evokernels.evolution.trial import Conditions, Trial
 from evokernels.kernels import native
 from evokernels.tasks import (
@@ -32,7 +34,6 @@ from evokernels.tasks.layers import Dropout, Images, Norm
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
-GUARD = 64  # elements on each side
 NO_DROPOUT = Dropout(0, 0, 1.0)
 
 # (images, channels, height, width): odd ones are cut off, channels fill vectors or do not
@@ -49,27 +50,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-class Memory:
-    """Tensors one element off alignment, between guards that nobody may write to."""
-
-    def __init__(self):
-        self._guarded = []
-
-    def empty(self, *shape, dtype):
-        count = torch.Size(shape).numel()
-        memory = torch.full((count + 2 * GUARD,), 7, dtype=dtype)
-        self._guarded.append(memory)
-        return memory[GUARD + 1 : GUARD + 1 + count].view(shape).fill_(7)
-
-    def of(self, tensor):
-        return self.empty(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
-
-    def check(self):
-        for memory in self._guarded:
-            assert (memory[: GUARD + 1] == 7).all(), "in front"
-            assert (memory[-GUARD + 1 :] == 7).all(), "behind"
 
 
 def last(x):
@@ -301,10 +281,16 @@ def test_batch_norm_is_that_of_torch(dtype, rows, channels, offset):
     exact = torch_normed(x, gradient, weight, bias, torch.float64)
     single = torch_normed(x, gradient, weight, bias, torch.float32)
     epsilons = [torch.finfo(x.dtype).eps] * 2 + [torch.finfo(torch.float32).eps] * 4
-    for got, expected, eager, epsilon in zip(ours, exact, single, epsilons, strict=True):
+    # Squares are added up in float, 256 one after another and around the first row. With that row
+    # two deviations out, their rounding moves the sum by up to 5 epsilon and the variance, a fifth
+    # of it, by 25; the gradient of weight has half of that, as nothing else has.
+    factors = [4, 4, 16, 4, 4, 4]
+    for got, expected, eager, epsilon, factor in zip(
+        ours, exact, single, epsilons, factors, strict=True
+    ):
         # sums of terms that may cancel: the scale is that of the largest
         scale = expected.abs().max() + gradient.abs().max() * weight.abs().max()
-        allowed = 2 * (eager - expected).abs().max() + 16 * epsilon * scale
+        allowed = 2 * (eager - expected).abs().max() + factor * epsilon * scale
         assert (got - expected).abs().max() <= allowed
     for threads in (2, 3):
         again = normed(x, gradient, weight, bias, threads)
@@ -558,6 +544,71 @@ def test_what_there_is_no_operation_for_is_named(modules, named):
     assert named in str(caught.value)
 
 
+def strided_norm(network):
+    norm = network.network.features[1]
+    norm.weight.data = torch.ones(2 * len(norm.weight))[::2]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda network: network.double(), "torch.float64"),
+        (lambda network: network.network.half(), "torch.float16"),
+        (lambda network: network.to("meta"), "on meta"),
+        (strided_norm, "strides (2,)"),
+    ],
+)
+def test_a_network_that_is_changed_is_refused(change, named):
+    network = NativeNetwork(CifarCNN())
+    change(network)
+    with pytest.raises(BackendError, match="run the network itself") as caught:
+        network(torch.zeros(2, 3, 32, 32))
+    assert named in str(caught.value)
+
+
+def test_other_types_and_other_images_are_refused():
+    with pytest.raises(BackendError, match=r"float32 or torch.bfloat16, not in"):
+        NativeNetwork(SmallCNN(), torch.float16)
+    with pytest.raises(BackendError, match="images of one channel, got 3"):
+        NativeNetwork(SmallCNN())(torch.zeros(2, 3, 28, 28))
+    network = NativeNetwork(CifarCNN()).eval()
+    with pytest.raises(BackendError, match="no gradient in eval mode"):
+        network(torch.zeros(2, 3, 32, 32)).sum().backward()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_a_copy_computes_with_weights_of_its_own(copied):
+    network = NativeNetwork(SmallCNN()).eval()
+    x = torch.randn(2, 1, 28, 28)
+    before, copy_of = network(x), copied(network)
+    with torch.no_grad():
+        for parameter in copy_of.parameters():
+            parameter.zero_()
+    assert not copy_of(x).any()
+    assert torch.equal(network(x), before)
+
+
+def test_gradients_do_not_depend_on_the_default_type():
+    weights = SmallCNN().state_dict()
+    expected = native_gradients(weights)
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = native_gradients(weights)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(expected, again, strict=True):
+        assert torch.equal(one, other)
+
+
+def native_gradients(weights):
+    network = SmallCNN().float()
+    network.load_state_dict(weights)
+    torch.manual_seed(0)
+    x = torch.ones(2, 1, 28, 28, dtype=torch.float32)
+    NativeNetwork(network)(x).sum().backward()
+    return [parameter.grad for parameter in network.parameters()]
+
+
 def test_a_dropout_may_drop_everything():
     network = Net(CONV, RELU, POOL, nn.Dropout(1.0))
     x = torch.randn(2, 1, 4, 4)
@@ -672,7 +723,7 @@ def test_both_precisions_are_asked_for_by_name():
     model, other = SmallCNN(), nn.Linear(3, 2)
     assert isinstance(computing(model, CPU, "float32"), NativeNetwork)
     assert computing(model, torch.device("meta"), "float32") is model
-    assert isinstance(computing(model, CPU, "float32", plain=True), TwiceDifferentiable)
+    assert computing(model, CPU, "float32", plain=True).model is model
     assert computing(other, CPU, "float32") is other
     with pytest.raises(SettingsError, match="one of float32, bfloat16, got 'float16'"):
         computing(model, CPU, "float16")

@@ -9,14 +9,16 @@ import statistics
 import pytest
 from synthetic import HURDLE, SyntheticTraining, killed_after, truth
 
-from evokernels.evolution import journal, pool, report
-from evokernels.evolution.journal import JOURNAL
+from evokernels import zoo
+from evokernels.compiler.canonical import canonical_key
+from evokernels.evolution import journal, pool, report, rounds
+from evokernels.evolution.journal import JOURNAL, Entry
 from evokernels.evolution.run import evolve
 from evokernels.evolution.settings import RunSettings
-from evokernels.evolution.trial import Conditions, Purpose
+from evokernels.evolution.trial import Conditions, Outcome, Purpose, Trial
 from evokernels.genome import Genome
 from evokernels.search import racing
-from evokernels.search.genetic import GeneticConfig
+from evokernels.search.genetic import GeneticConfig, GeneticSearch
 from evokernels.search.score import Status
 
 TASKS = ("fashion_mnist_mini", "mnist")
@@ -123,6 +125,45 @@ def test_a_generation_with_harder_seeds_is_not_raced_out(training, tmp_path):
     assert all(entry.raced <= 8 * len(TASKS) for entry in result.history)
     assert sum(entry.raced > 0 for entry in result.history) >= 4
     assert result.audit.false_kills == 0
+
+
+def test_a_genome_that_stays_and_fails_says_nothing_about_the_seeds(
+    training, tmp_path, monkeypatch
+):
+    training.noise, training.common = 0.002, 0.0
+    first = ROTATING.training_seeds(2)[0]
+    before = evolve(ROTATING, tmp_path / "before")
+    (champion,) = query(
+        tmp_path / "before", "SELECT key FROM best_per_generation WHERE generation = 1"
+    )
+
+    def champion_fails(trial, *args):
+        if canonical_key(trial.optimizer) == champion["key"] and trial.seed == first:
+            return Outcome(Status.DIVERGED, -1.0, None, None, 30, 0.1, "digest")
+        return training(trial, *args)
+
+    monkeypatch.setattr(pool, "evaluate", champion_fails)
+    after = evolve(ROTATING, tmp_path / "after")
+    assert after.history[2].diverged == before.history[2].diverged + 1
+    assert after.history[2].raced >= before.history[2].raced > 10
+
+
+def test_what_failed_was_stopped_or_left_out_says_nothing_about_the_seeds():
+    def runner(*outcomes):
+        made = rounds.Runner("key", 0, zoo.adam)
+        for seed, (fitness, status) in enumerate(outcomes):
+            outcome = Outcome(status, fitness, None, None, 500, 0.1, "digest")
+            made.runs[seed] = {"x": Entry(0, 0, "key", Trial(zoo.adam, "x", seed), outcome)}
+        return made
+
+    ok, stopped, lost = Status.OK, Status.STOPPED, Status.DIVERGED
+    runners = [
+        runner((0.5, ok), (0.7, ok), (0.9, ok)),
+        runner((0.5, ok)),
+        runner((0.5, ok), (0.1, stopped)),
+        runner((0.5, ok), (-1.0, lost)),
+    ]
+    assert rounds.complete_scores(runners, (0, 1)) == [{0: 0.5, 1: 0.7}]
 
 
 @pytest.mark.parametrize("change", [{"race": False}, {"seeds": (0,)}])
@@ -286,6 +327,25 @@ def test_a_larger_audit_only_adds_to_a_smaller_one_even_later(training, tmp_path
     assert {verdict.rule for verdict in large.audit.verdicts} == {"hurdle", "race"}
 
 
+def test_what_failed_and_was_left_out_is_not_audited(training, tmp_path, monkeypatch):
+    def the_worst_fail(trial, *args):
+        outcome = training(trial, *args)
+        lost = outcome.fitness < 0.86 and trial.purpose is Purpose.SEARCH
+        changed = {"status": Status.DIVERGED, "fitness": -1.0} if lost else {}
+        return dataclasses.replace(outcome, **changed)
+
+    monkeypatch.setattr(pool, "evaluate", the_worst_fail)
+    audited = evolve(SETTINGS, tmp_path, audits=1000).audit
+    left_out = query(
+        tmp_path,
+        "SELECT DISTINCT generation, place FROM saving "
+        "JOIN candidate USING (generation, place) WHERE rule = 'race' AND status = 'diverged'",
+    )
+    verdicts = {(verdict.generation, verdict.place) for verdict in audited.verdicts}
+    assert left_out
+    assert not {tuple(row) for row in left_out} & verdicts
+
+
 def test_an_audited_genome_is_trained_with_all_seeds_to_the_end(training, tmp_path):
     audited = evolve(SETTINGS, tmp_path, audits=1000).audit
     for verdict in audited.verdicts:
@@ -318,6 +378,32 @@ def test_the_audit_finds_what_a_reckless_race_kills(training, tmp_path, monkeypa
         better = sum(score > verdict.audited for score in others)
         if verdict.status == "ok":
             assert verdict.false_kill == (better < 3), verdict
+
+
+@pytest.mark.parametrize(
+    ("population", "ends", "kills"),
+    [(2, Status.OK, 0), (3, Status.OK, 0), (4, Status.OK, 1), (4, Status.DIVERGED, 0)],
+)
+def test_a_false_kill_is_a_sound_genome_that_had_a_place_to_lose(
+    training, tmp_path, monkeypatch, population, ends, kills
+):
+    def first_is_stopped(trial, *args):
+        status, fitness = Status.OK, 0.5
+        if canonical_key(trial.optimizer) == first:
+            stopped = trial.purpose is Purpose.SEARCH
+            status, fitness = (Status.STOPPED, 0.0) if stopped else (ends, 1.0)
+        return dataclasses.replace(
+            training(trial, *args), status=status, fitness=fitness, test_accuracy=0.5
+        )
+
+    search = GeneticConfig(population=population, generations=1, elites=0, tournament=1)
+    first = canonical_key(GeneticSearch(search).start().population[0])
+    monkeypatch.setattr(pool, "evaluate", first_is_stopped)
+    settings = dataclasses.replace(SETTINGS, search=search, finalists=1)
+    audited = evolve(settings, tmp_path, audits=5).audit
+    (verdict,) = audited.verdicts
+    assert audited.false_kills == kills
+    assert (verdict.place, verdict.told, verdict.audited) == (0, 0.0, 1.0)
 
 
 # The claim: 1.2 times fewer steps, and no genome of the best three lost

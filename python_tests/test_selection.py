@@ -16,10 +16,11 @@ from evokernels.evolution import journal, pool, report
 from evokernels.evolution.comparison import Estimate
 from evokernels.evolution.history import plateaued
 from evokernels.evolution.journal import JOURNAL
+from evokernels.evolution.ledger import ledger_line
 from evokernels.evolution.run import evolve
 from evokernels.evolution.settings import RunSettings
 from evokernels.evolution.trial import Conditions, Outcome, Purpose
-from evokernels.search.genetic import GeneticConfig
+from evokernels.search.genetic import GeneticConfig, GeneticSearch
 from evokernels.search.score import Status
 
 TASKS = ("fashion_mnist_mini", "mnist")
@@ -68,6 +69,8 @@ def test_every_generation_has_seeds_that_nothing_else_has(training, tmp_path):
     assert len(set(used)) == len(used) == 50 * 2 + 2 + 3 + 3
     other = dataclasses.replace(settings, search=dataclasses.replace(settings.search, seed=5))
     assert not set(itertools.chain(*seeds)) & set(other.training_seeds(0))
+    last = dataclasses.replace(settings, seeds=(0, 2**30 - 1))
+    assert last.final_seeds[-1] < min(last.training_seeds(0))
     evolve(settings, tmp_path)
     drawn = query(
         tmp_path, "SELECT DISTINCT generation, seed FROM evaluation WHERE purpose='search'"
@@ -197,6 +200,25 @@ def test_the_finalist_that_holds_on_further_seeds_wins(training, tmp_path, monke
     assert (tmp_path / "three" / "best_genome.json").read_text() == result.best.genome.to_json()
 
 
+def test_a_genome_that_failed_in_the_search_is_no_finalist(training, tmp_path, monkeypatch):
+    """However well it does on the final seeds."""
+    search = GeneticConfig(population=3, generations=1, elites=0, tournament=1)
+    best, second, failing = map(canonical_key, GeneticSearch(search).start().population)
+
+    def change(trial, outcome):
+        key = canonical_key(trial.optimizer)
+        fitness = {best: 0.9, second: 0.8, failing: 1.0}.get(key, 0.5)
+        if trial.purpose is Purpose.SEARCH and key == failing:
+            return Outcome(Status.DIVERGED, -1.0, None, None, 3, 0.1, "digest")
+        return Outcome(Status.OK, fitness, fitness, 1.5, 500, 0.1, "digest", test_accuracy=fitness)
+
+    altered(training, monkeypatch, change)
+    settings = dataclasses.replace(SETTINGS, search=search, finalists=3)
+    assert canonical_key(evolve(settings, tmp_path).best.genome) == best
+    finals = "SELECT DISTINCT key FROM evaluation WHERE purpose = 'audit'"
+    assert {key for (key,) in query(tmp_path, finals)} == {best, second}
+
+
 # The plateau
 
 
@@ -277,6 +299,17 @@ def test_a_generation_of_failures_is_survived(training, tmp_path, monkeypatch):
         result = evolve(settings, tmp_path / str(settings.rotate_seeds), audits=3)
         assert [entry.diverged for entry in result.history] == [12] * 5
         assert result.winner.selected == -1.0
+
+
+def test_a_run_in_which_nothing_is_trained_is_reported(training, tmp_path, monkeypatch):
+    lost = Outcome(Status.TIMED_OUT, -1.0, None, None, 0, 0.1, data="")
+    altered(training, monkeypatch, lambda trial, outcome: lost)
+    search = GeneticConfig(population=2, generations=1, elites=0, tournament=1)
+    result = evolve(dataclasses.replace(SETTINGS, search=search, seeds=(0,)), tmp_path)
+    assert ledger_line(result.ledger) == (
+        "The search took 0 training steps in 4 runs. Steps saved by equal optimizers 0, the "
+        "hurdle 0, the seed race 0, divergence 0: 1.00 times fewer steps, divergence not counted."
+    )
 
 
 # Parity

@@ -92,6 +92,11 @@ def test_rare_characters_share_the_last_class(file, different, classes):
     assert data.characters.tolist() == expected
 
 
+def test_the_mark_at_the_beginning_of_a_file_is_no_character(file):
+    marked, plain = (load_text(file=file(mark + ROMAN)) for mark in ("\ufeff", ""))
+    assert marked.digest() == plain.digest()
+
+
 def test_a_text_is_found_in_the_data_folder_or_by_its_whole_path(file, tmp_path, monkeypatch):
     whole = file(ROMAN)
     monkeypatch.setenv("EVOKERNELS_DATA", str(tmp_path))

@@ -14,6 +14,7 @@ import sqlite3
 import threading
 import time
 import types
+from unittest import mock
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from evokernels.evolution.executor import InlineExecutor, WorkerProcesses
 from evokernels.evolution.journal import JOURNAL, Entry, open_journal
 from evokernels.evolution.pool import Evaluation, Pool, default_time_limit, open_pool
 from evokernels.evolution.run import RunSettings, evolve
-from evokernels.evolution.trial import Conditions, Outcome, Trial
+from evokernels.evolution.trial import Conditions, Outcome, Purpose, Trial
 from evokernels.search.genetic import GeneticConfig
 from evokernels.search.score import Score, Status
 
@@ -114,9 +115,10 @@ class Scripted(Evaluation):
     def __call__(self, trial):
         if trial.task in WAITS:  # an evaluation as it is lets no other thread go on
             return scripted(trial, None, None, None)
-        if multiprocessing.parent_process() is not None:
-            pool.evaluate = scripted
-        return super().__call__(trial)
+        if multiprocessing.parent_process() is None:
+            return super().__call__(trial)
+        with mock.patch.object(pool, "evaluate", scripted):
+            return super().__call__(trial)
 
 
 @pytest.fixture
@@ -333,6 +335,15 @@ def test_a_foreign_executor_loses_the_worker_that_hangs(scripted_here):
         assert list(run(workers, "abc")) == list("abc")  # they have come back
 
 
+def test_a_killed_process_may_take_its_time(two, monkeypatch):
+    end = WorkerProcesses.end
+    monkeypatch.setattr(
+        WorkerProcesses, "end", lambda *call: threading.Timer(5 * 0.2, end, call).start()
+    )
+    ended = run(open_scripted(two, 1, limit=0.2), ["SIGSTOP", "a"])
+    assert [outcome.status for outcome in ended.values()] == [Status.TIMED_OUT, Status.OK]
+
+
 def test_a_foreign_process_pool_that_breaks_ends_the_run(foreign):
     with pytest.raises(WorkerError, match="fewer workers"):
         run(open_scripted(foreign, 2, math.inf), ["SIGKILL"])
@@ -404,9 +415,9 @@ def test_a_failure_in_the_journal_says_nothing_about_the_data(tmp_path):
         journal.add(entry(1, Status.OK, "one"))
         journal.add(entry(2, Status.TIMED_OUT, ""))
     with open_journal(tmp_path, {}) as journal:
-        assert journal.find("key", MINI, 0).outcome.status is Status.CRASHED
+        assert journal.find("key", MINI, 0, Purpose.SEARCH).outcome.status is Status.CRASHED
         journal.add(entry(3, Status.OK, "one"))
-        with pytest.raises(JournalError, match="images"):
+        with pytest.raises(JournalError, match="the data of"):
             journal.add(entry(4, Status.OK, "other"))
 
 
@@ -417,7 +428,7 @@ def test_a_run_goes_on_after_a_failure_and_resumes_with_it(monkeypatch, tmp_path
         trials.append(trial)
         if len(trials) == 3:
             raise MemoryError
-        return Outcome(Status.OK, 1 / len(trials), 0.5, 1.0, 3, 0.1, "digest")
+        return Outcome(Status.OK, 1 / len(trials), 0.5, 1.0, 3, 0.1, "digest", test_accuracy=0.5)
 
     monkeypatch.setattr(pool, "evaluate", evaluate)
     settings = RunSettings(
@@ -428,6 +439,6 @@ def test_a_run_goes_on_after_a_failure_and_resumes_with_it(monkeypatch, tmp_path
     connection = sqlite3.connect(tmp_path / JOURNAL)
     marked = connection.execute("SELECT status, count(*) FROM evaluation GROUP BY 1").fetchall()
     connection.close()
-    assert dict(marked) == {"ok": len(trials) - 1, "out of memory": 1}
+    assert dict(marked) == {"ok": len(trials) - 1, "out_of_memory": 1}
     again = evolve(settings, tmp_path)
     assert (again.evaluations, again.best) == (0, first.best)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import random
 from collections.abc import Sequence
 
 from evokernels.evolution.evaluations import Evaluations, Request
+from evokernels.evolution.files import csv_text
 from evokernels.evolution.fitness import genome_score
 from evokernels.evolution.journal import Journal
 from evokernels.evolution.settings import RunSettings
@@ -32,7 +31,8 @@ class Verdict:
         told: the fitness that the search was told.
         audited: the fitness of the genome trained to the end, with all seeds of that generation.
         status: of its worst run then.
-        third_best: the third best fitness of the other genomes of that generation.
+        third_best: the third best fitness of the other genomes of that generation; None where
+            there are not three other optimizers: then there was no place to lose.
         false_kill: it would have been one of the best three.
     """
 
@@ -42,7 +42,7 @@ class Verdict:
     told: float
     audited: float
     status: str
-    third_best: float
+    third_best: float | None
     false_kill: bool
 
 
@@ -140,7 +140,8 @@ def judge(evaluations: Evaluations, stopped: Stopped, trials: Sequence[Trial]) -
         )
     }
     own = told.pop(stopped.key)
-    third = sorted(told.values(), key=lambda other: other.rank)[-TOP:][0]
+    best = sorted(told.values(), key=lambda other: other.rank)[-TOP:]
+    third = best[0] if len(best) == TOP else None
     return Verdict(
         generation=stopped.generation,
         place=stopped.place,
@@ -148,20 +149,20 @@ def judge(evaluations: Evaluations, stopped: Stopped, trials: Sequence[Trial]) -
         told=own.fitness,
         audited=score.fitness,
         status=score.status.value,
-        third_best=third.fitness,
-        false_kill=score.rank > third.rank,
+        third_best=third.fitness if third else None,
+        false_kill=third is not None and score.rank > third.rank,
     )
 
 
 def audit_csv(audited: Audit) -> str:
     """One line a genome of the sample; generations count from 1, as on screen."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(field.name for field in dataclasses.fields(Verdict))
-    for verdict in audited.verdicts:
-        shown = dataclasses.replace(verdict, generation=verdict.generation + 1)
-        writer.writerow(dataclasses.astuple(shown))
-    return text.getvalue()
+    return csv_text(
+        (field.name for field in dataclasses.fields(Verdict)),
+        (
+            dataclasses.astuple(dataclasses.replace(verdict, generation=verdict.generation + 1))
+            for verdict in audited.verdicts
+        ),
+    )
 
 
 def audit_line(audited: Audit) -> str:

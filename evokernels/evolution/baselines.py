@@ -16,6 +16,7 @@ import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -228,31 +229,35 @@ def _sophia_class() -> type[torch.optim.Optimizer]:
     """
 
     class Sophia(_library().SophiaH):
-        taken = 0  # steps
-
         def backward(self, loss: torch.Tensor) -> None:
             """In place of ``loss.backward()``: gradients for the next `step`."""
-            if self.taken % self.update_period:
+            if self._taken() % self.update_period:
                 loss.backward()
                 return
-            parameters = [p for group in self.param_groups for p in group["params"]]
+            parameters = self._parameters()
             gradients = torch.autograd.grad(loss, parameters, create_graph=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
 
-        def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        # not around `step`: torch runs the hooks of one that calls another one twice
+        def compute_hutchinson_hessian(self, **settings: Any) -> None:
             """The library's; its noise leaves dropout and all else that is random as it is."""
-            parameters = [p for group in self.param_groups for p in group["params"]]
+            parameters = self._parameters()
+            # mixed, since torch's generator reads 32 bits of a seed; spawned, so that it is apart
+            # from what the run draws itself
+            seed = np.random.SeedSequence(torch.initial_seed(), spawn_key=(self._taken(),))
             with forked_generators(parameters[0].device):
-                # apart from what the run draws itself, which begins at its seed
-                torch.manual_seed(torch.initial_seed() + (self.taken + 1 << 32))
-                result = super().step(closure)
-            self.taken += 1
+                torch.manual_seed(int(seed.generate_state(1)[0]))
+                super().compute_hutchinson_hessian(**settings)
             for parameter in parameters:
                 # a gradient with its graph holds the parameter that holds it: nobody frees them
-                if parameter.grad is not None and parameter.grad.requires_grad:
-                    parameter.grad = parameter.grad.detach()
-            return result
+                parameter.grad = parameter.grad.detach()
+
+        def _parameters(self) -> list[nn.Parameter]:
+            return [p for group in self.param_groups for p in group["params"]]
+
+        def _taken(self) -> int:
+            return self.param_groups[0].get("step", 0)
 
     return Sophia
 

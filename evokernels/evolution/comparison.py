@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from evokernels.evolution.baselines import Baseline, hessian_passes
+from evokernels.evolution.files import csv_text
 from evokernels.evolution.trial import Outcome, Purpose, Trial
 from evokernels.evolution.tuning import setting
 from evokernels.genome import Genome
@@ -48,8 +47,7 @@ class Row:
     @property
     def test_accuracy(self) -> float:
         """On the test split; a run that was not measured classified nothing correctly."""
-        end = self.outcome
-        return (end.accuracy if end.test_accuracy is None else end.test_accuracy) or 0.0
+        return self.outcome.test_accuracy or 0.0
 
     @property
     def hessian_passes(self) -> int:
@@ -173,19 +171,17 @@ class Comparison:
         Fitness and accuracy are of the test split. No wall-clock times, so that equal results are
         equal files.
         """
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
         measured = "fitness", "accuracy", "final_loss", "steps", "gradient_passes"
-        writer.writerow(("optimizer", "tuned", "setting", "task", "seed", "status", *measured))
+        header = "optimizer", "tuned", "setting", "task", "seed", "status", *measured
+        lines = []
         for version, answer in ((self, "no"), (tuned, "yes")):
             for row in version.rows if version else ():
                 trial, end = row.trial, row.outcome
-                accuracy = None if end.accuracy is None else row.test_accuracy
                 passes = end.steps + row.hessian_passes
-                measured = end.test_fitness, accuracy, end.final_loss, end.steps, passes
+                measured = end.test_fitness, end.test_accuracy, end.final_loss, end.steps, passes
                 what = row.name, answer, setting(trial.optimizer), trial.task, trial.seed
-                writer.writerow((*what, end.status.value, *measured))
-        return text.getvalue()
+                lines.append((*what, end.status.value, *measured))
+        return csv_text(header, lines)
 
     def _overall(self, name: str, value: Callable[[Row], float]) -> Estimate:
         return Estimate.of(

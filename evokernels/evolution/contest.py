@@ -17,6 +17,7 @@ from evokernels.evolution.evaluations import Evaluations, OnProgress, Request
 from evokernels.evolution.evaluator import EVALUATION_VERSION
 from evokernels.evolution.journal import open_journal
 from evokernels.evolution.pool import open_pool
+from evokernels.evolution.settings import SEED_LIMIT
 from evokernels.evolution.trial import Conditions
 from evokernels.genome import Genome
 from evokernels.tasks import get_task
@@ -62,8 +63,9 @@ class Contest:
             if not values or len(set(values)) < len(values):
                 listed = " ".join(map(str, values)) or "none"
                 raise SettingsError(f"{name} must be one or more different values, got {listed}")
-        if min(self.seeds) < 0:
-            raise SettingsError(f"seeds must be at least 0, got {min(self.seeds)}")
+        for seed in self.seeds:
+            if not 0 <= seed < SEED_LIMIT:
+                raise SettingsError(f"seeds must be from 0 to {SEED_LIMIT - 1}, got {seed}")
         if self.trials < 0:
             raise SettingsError(f"trials must be at least 0, got {self.trials}")
         if self.trials and not self.conditions.validation_samples:

@@ -12,6 +12,7 @@ import time
 
 import torch
 
+from evokernels.errors import DatasetError
 from evokernels.evolution.baselines import Baseline, build_optimizer, hessian_passes
 from evokernels.evolution.devices import CudaGraph, find_device, keep_memory, reproducible
 from evokernels.evolution.fitness import DIVERGED_FITNESS, Hurdle, diverged, final_loss, run_fitness
@@ -44,7 +45,8 @@ def evaluate(trial: Trial, conditions: Conditions, data: TaskData, device: str =
 
     Bit-reproducible for a given device and number of torch threads. Initial weights and batches
     are the same on every device, dropout is not. Leaves torch's global random generators as they
-    were.
+    were. The process keeps data sets that it has seen, and from then on memory that it frees (see
+    `keep_memory`).
 
     Args:
         trial: what to train.
@@ -54,6 +56,7 @@ def evaluate(trial: Trial, conditions: Conditions, data: TaskData, device: str =
 
     Raises:
         SettingsError: a device that is not there.
+        DatasetError: the conditions have a validation split, and the data have none.
     """
     start = time.perf_counter()
     place = find_device(device)
@@ -61,6 +64,11 @@ def evaluate(trial: Trial, conditions: Conditions, data: TaskData, device: str =
     stops = conditions.hurdle and trial.purpose is Purpose.SEARCH
     hurdle = Hurdle(data.classes) if stops else None
     selection = "validation" if conditions.validation_samples else "test"
+    if not len(data.samples(selection)):
+        raise DatasetError(
+            f"validation_samples is {conditions.validation_samples}, but {data.name!r} was loaded "
+            "without any; load it as the conditions say, or give 0 to measure on the test split"
+        )
     accuracy = loss = test_accuracy = None
     keep_memory()
     with reproducible(place, trial.seed):  # initial weights, then dropout
@@ -72,9 +80,8 @@ def evaluate(trial: Trial, conditions: Conditions, data: TaskData, device: str =
             status, fitness, steps = Status.DIVERGED, DIVERGED_FITNESS, len(losses) - 1
         else:
             accuracy, loss = _accuracy(model, copied, selection), final_loss(losses)
-            stopped = hurdle is not None and hurdle.fails(losses)
-            status = Status.STOPPED if stopped else Status.OK
             fitness, steps = run_fitness(accuracy, loss), len(losses)
+            status = Status.OK if steps == conditions.steps else Status.STOPPED
             if trial.purpose is Purpose.REPORT:
                 parity = selection == "test"
                 test_accuracy = accuracy if parity else _accuracy(model, copied, "test")

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterable
 
 from evokernels.errors import JournalError
 
-__all__ = ["make_folder", "write_atomically"]
+__all__ = ["csv_text", "make_folder", "write_atomically"]
+
+
+def csv_text(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A table as a CSV file has it; floats with all their digits, None as nothing."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def make_folder(folder: pathlib.Path) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 from collections.abc import Sequence
 
+from evokernels.evolution.files import csv_text
 from evokernels.evolution.journal import Journal
 
 __all__ = ["Cost", "ledger_csv", "ledger_line", "read_ledger"]
@@ -24,7 +23,8 @@ class Cost:
     """A line of the ledger, a row of the view ``cost_ledger`` (`evokernels.evolution.schema`).
 
     Attributes:
-        rule: what the steps were taken for ("search", "audit", "report"), or what saved them.
+        rule: what the steps were taken for ("search", "audit", which finalists are trained as too,
+            and "report"), or what saved them.
         runs: training runs that were made, that the rule ended, or that it left out.
         steps_taken: by these runs.
         steps_saved: that these runs would have taken besides.
@@ -46,11 +46,9 @@ def read_ledger(journal: Journal) -> tuple[Cost, ...]:
 
 def ledger_csv(ledger: Sequence[Cost]) -> str:
     """One line a rule."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(field.name for field in dataclasses.fields(Cost))
-    writer.writerows(dataclasses.astuple(cost) for cost in ledger)
-    return text.getvalue()
+    return csv_text(
+        (field.name for field in dataclasses.fields(Cost)), map(dataclasses.astuple, ledger)
+    )
 
 
 def ledger_line(ledger: Sequence[Cost]) -> str:
@@ -62,5 +60,6 @@ def ledger_line(ledger: Sequence[Cost]) -> str:
     )
     return (
         f"The search took {search.steps_taken:,} training steps in {search.runs:,} runs. "
-        f"Steps saved by {saved}: {search.factor:.2f} times fewer steps, divergence not counted."
+        f"Steps saved by {saved}: {search.factor or 1.0:.2f} times fewer steps, divergence not "
+        "counted."
     )

@@ -210,10 +210,12 @@ class Pool:
 
     def _wait(self, running: dict[concurrent.futures.Future, _Run]) -> Iterator[Ended]:
         """Until something may have changed; those that ended are no longer running."""
+        # a killed process takes its time to be gone, where memory is short or the disk is slow
+        patience = None if isinstance(self._executor, WorkerProcesses) else self._time_limit
         since = time.monotonic()
         done, _ = concurrent.futures.wait(
             {*running, *self._given_up},
-            timeout=self._look if running else self._time_limit,
+            timeout=self._look if running else patience,
             return_when=concurrent.futures.FIRST_COMPLETED,
         )
         # no more than the wait was to take: beyond that this process has been stopped

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import pathlib
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from evokernels.evolution.audit import Audit, audit_csv
 from evokernels.evolution.comparison import Comparison
-from evokernels.evolution.files import write_atomically
+from evokernels.evolution.files import csv_text, write_atomically
 from evokernels.evolution.history import Generation
 from evokernels.evolution.ledger import Cost, ledger_csv
 from evokernels.evolution.settings import RunSettings
@@ -46,21 +45,18 @@ def history_csv(history: Sequence[Generation]) -> str:
     """One line a generation, floats with all their digits; no times, so that an interrupted and
     an unbroken run give the same bytes. Generations count from 1, as on screen."""
     tasks = list(history[0].task_best)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
+    return csv_text(
         ["generation", "best_fitness", "mean_fitness", "best_so_far", "best_accuracy"]
         + [f"{kind}_{task}" for task in tasks for kind in ("best", "mean")]
-        + ["evaluations", "reused", "raced", "stopped", "diverged", "failed"]
-    )
-    for entry in history:
-        writer.writerow(
+        + ["evaluations", "reused", "raced", "stopped", "diverged", "failed"],
+        [
             [entry.number + 1, entry.best, entry.mean, entry.best_so_far, entry.best_accuracy]
             + [values[task] for task in tasks for values in (entry.task_best, entry.task_mean)]
             + [entry.evaluations, entry.reused, entry.raced]
             + [entry.stopped, entry.diverged, entry.failed]
-        )
-    return text.getvalue()
+            for entry in history
+        ],
+    )
 
 
 def write_history(folder: pathlib.Path, history: Sequence[Generation]) -> None:

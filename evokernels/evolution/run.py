@@ -63,8 +63,8 @@ def evolve(
 ) -> RunResult:
     """Run the evolution in ``folder``, or what is left of it; bit-identical either way.
 
-    Writes ``history.csv`` and ``best_genome.json`` after every generation, and the rest of
-    `evokernels.evolution.report.FILES` at the end.
+    Writes ``history.csv`` and ``best_genome.json`` after every generation that it trains, and the
+    rest of `evokernels.evolution.report.FILES` at the end.
 
     Args:
         settings: of the run.
@@ -116,6 +116,7 @@ class _Run:
         journal = self.evaluations.journal
         before = len(journal)
         state, last, history = self._search()
+        self._write_progress(history, state.best)
         report.plot_history(self.folder, history)
         best = choose_winner(
             self.settings,
@@ -138,6 +139,7 @@ class _Run:
 
     def _search(self) -> tuple[State, list[Scored], list[Generation]]:
         """The search to its end: its last state, its last generation, its history."""
+        before = len(self.evaluations.journal)
         search = GeneticSearch(self.settings.search)
         rounds = Rounds(self.settings, self.evaluations)
         state = search.start()
@@ -153,11 +155,15 @@ class _Run:
             scored = [Scored(*pair) for pair in zip(genomes, scores, strict=True)]
             state = search.tell(state, scores)
             history.append(summarise(number, results, state.best.score))
-            report.write_history(self.folder, history)
-            report.write_best_genome(self.folder, state.best.genome)
+            if len(self.evaluations.journal) > before:  # a replay is behind the files that it finds
+                self._write_progress(history, state.best)
             if plateaued(history, self.settings.plateau):
                 break
         return state, scored, history
+
+    def _write_progress(self, history: list[Generation], best: Scored) -> None:
+        report.write_history(self.folder, history)
+        report.write_best_genome(self.folder, best.genome)
 
     def _compare(self, best: Scored) -> Comparison:
         """The winner and others on seeds that neither search nor final has seen."""

@@ -33,7 +33,8 @@ CREATE TABLE evaluation (
     key TEXT NOT NULL,                -- as in candidate
     task TEXT NOT NULL,
     seed INTEGER NOT NULL,
-    purpose TEXT NOT NULL,            -- search, audit (never stopped) or report (and tested)
+    purpose TEXT NOT NULL,            -- search; audit: never stopped, as of finalists;
+                                      -- report: never stopped, and tested
     status TEXT NOT NULL,             -- ok, stopped, diverged, crashed, timed_out, out_of_memory
     fitness REAL NOT NULL,            -- on the split that selects
     accuracy REAL,                    -- on the split that selects; NULL: not measured

@@ -14,9 +14,9 @@ from evokernels.evolution.trial import Conditions
 from evokernels.search.genetic import GeneticConfig
 from evokernels.tasks import get_task
 
-__all__ = ["RunSettings"]
+__all__ = ["SEED_LIMIT", "RunSettings"]
 
-SEED_LIMIT = 2**31  # of seeds that are drawn
+SEED_LIMIT = 2**31  # of all seeds; the upper half is there to draw from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +37,9 @@ class RunSettings:
         rotate_seeds: draw as many seeds anew for every generation; a genome that stays is trained
             again and is worth its mean over all of its seeds. Needs an elite, since it is in every
             generation that a genome must stay to be held against new ones.
-        finalists: how many of the best genomes of the last generation are trained with
-            ``comparison_seeds`` further seeds before the best of them is the winner; with 1 the
-            best score of the search decides.
+        finalists: how many genomes, the best of the search and then of the last generation, are
+            trained with ``comparison_seeds`` further seeds before the best of them is the winner;
+            with 1 the best score of the search decides.
         plateau: end after this many generations in a row without a better genome; 0: never.
 
     Raises:
@@ -76,6 +76,8 @@ class RunSettings:
         ):
             if value is not None and value < least:
                 raise SettingsError(f"{name} must be at least {least}, got {value}")
+        if max(self.seeds, default=0) >= SEED_LIMIT // 2:
+            raise SettingsError(f"seeds must be below {SEED_LIMIT // 2}, got {max(self.seeds)}")
         for name, values in (("tasks", self.tasks), ("seeds", self.seeds)):
             if not values or len(set(values)) < len(values):
                 listed = " ".join(map(str, values)) or "none"

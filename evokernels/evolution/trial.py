@@ -81,7 +81,9 @@ class Outcome:
 
     @property
     def test_fitness(self) -> float:
-        """Like ``fitness``, of the test split."""
-        if self.test_accuracy is None or self.final_loss is None:
+        """Like ``fitness``, of the test split; raises ValueError where that was not measured."""
+        if self.status.failed:
             return self.fitness
+        if self.test_accuracy is None or self.final_loss is None:
+            raise ValueError("only a trial for a report is measured on the test split")
         return run_fitness(self.test_accuracy, self.final_loss)

@@ -7,15 +7,14 @@ yet other seeds is put beside the one that selected it.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import statistics
 from collections.abc import Sequence
 
 from evokernels.compiler.canonical import canonical_key
 from evokernels.evolution.comparison import Estimate
 from evokernels.evolution.evaluations import Evaluations, Request
+from evokernels.evolution.files import csv_text
 from evokernels.evolution.fitness import genome_score
 from evokernels.evolution.settings import RunSettings
 from evokernels.evolution.trial import Outcome, Purpose, Trial
@@ -31,7 +30,7 @@ class Winner:
     """How the winner does on fresh seeds.
 
     Attributes:
-        selected: its fitness on the seeds and the split that selected it.
+        selected: its fitness in the search, which made it a finalist or, alone, the winner.
         fresh: its fitness on the same split with fresh seeds.
         test: its fitness on the test split with the same fresh seeds.
     """
@@ -55,18 +54,21 @@ def choose_winner(
 ) -> Scored:
     """The finalist with the best mean on the final seeds, with the score that the search was told.
 
+    A genome that failed in the search is no finalist, unless it is the best.
+
     Args:
         best: the best genome of the search.
         last: the last generation.
         still_to_come: as in `Evaluations.make`.
     """
-    if settings.finalists == 1:
-        return best
-    ranked = sorted(last, key=lambda scored: scored.score.rank, reverse=True)
+    sound = [scored for scored in last if not scored.score.status.failed]
+    ranked = sorted(sound, key=lambda scored: scored.score.rank, reverse=True)
     finalists: dict[str, Scored] = {}
     for scored in (best, *ranked):
         finalists.setdefault(canonical_key(scored.genome), scored)
     chosen = dict(list(finalists.items())[: settings.finalists])
+    if len(chosen) == 1:
+        return best
 
     def trial(scored: Scored, task: str, seed: int) -> Trial:
         return Trial(scored.genome, task, seed, Purpose.AUDIT)
@@ -135,7 +137,4 @@ def winner_csv(winner: Winner, settings: RunSettings) -> str:
         "test_fitness": winner.test.mean,
         "test_error": winner.test.error,
     }
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows((row.keys(), row.values()))
-    return text.getvalue()
+    return csv_text(row.keys(), [row.values()])

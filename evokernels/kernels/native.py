@@ -137,7 +137,7 @@ def library_with_lock() -> ctypes.PyDLL:
 
 
 def has_convolution_weights() -> bool:
-    """Whether the processor has what csrc/convolution.h needs (AVX512-BF16)."""
+    """Whether the processor is one for csrc/convolution.h: AVX512-BF16, and no AMX."""
     return bool(library().evk_has_convolution_weights())
 
 

@@ -78,7 +78,8 @@ class State:
         generation: of ``population``, counted from 0; equals ``generations`` at the end.
         population: the genomes to be scored next; empty at the end.
         best: the best genome ever told, the earliest among equals; None at the start. What counts
-            is what a genome was told last: one that was told more than once can lose its place.
+            is what a genome was told last: one that is told less than before can lose its place, to
+            the best of that generation.
     """
 
     generation: int

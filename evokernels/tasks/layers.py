@@ -1,13 +1,15 @@
 """The two networks on a CPU: what lies between their products, read once and written once.
 
 `NativeNetwork` runs a network of torch's modules through csrc/layers.h: relu, pooling and dropout
-are one operation, batch norm and relu another one. Convolutions and matrix products are torch's.
+are one operation, batch norm and relu another one. Convolutions and matrix products are torch's,
+but for the weight gradients of convolutions where csrc/convolution.h has them.
 The modules hold parameters and statistics as ever; nothing about them changes.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -86,15 +88,43 @@ class NativeNetwork(nn.Module):
     def __init__(self, network: ConvNet, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         native.library()
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise BackendError(
+                f"native networks compute in torch.float32 or torch.bfloat16, not in {dtype}"
+            )
         self.network = network
+        self._dtype = dtype
         self._operations = _operations([*network.features, *network.classifier], dtype)
 
+    def __reduce__(self) -> tuple[type, tuple]:  # a copy's operations are of its own modules
+        return NativeNetwork, (self.network, self._dtype)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits float32 (N, 10) of images on the CPU."""
+        """Logits float32 (N, 10) of images float32 on the CPU.
+
+        Raises:
+            BackendError: parameters or statistics are no longer float32 on the CPU, those of batch
+                norms contiguous.
+        """
+        for tensor in itertools.chain(self.parameters(), self.buffers()):
+            _check(tensor)
         x = x.contiguous(memory_format=torch.channels_last)
         for operation in self._operations:
             x = operation(x)
         return x.float()
+
+
+def _check(tensor: torch.Tensor) -> None:
+    """The native library is told an address, and takes the rest for granted."""
+    if not tensor.is_floating_point():
+        return
+    place = tensor.dtype, tensor.device.type, tensor.ndim > 1 or tensor.is_contiguous()
+    if place != (torch.float32, "cpu", True):
+        raise BackendError(
+            f"a native network holds contiguous torch.float32 tensors on the CPU, but one is "
+            f"{tensor.dtype} on {tensor.device} with strides {tensor.stride()}; convert it back, "
+            "or run the network itself"
+        )
 
 
 Operation = Callable[[torch.Tensor], torch.Tensor]
@@ -192,7 +222,9 @@ class GreyConvPool(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
-        images, _, height, width = x.shape
+        images, colours, height, width = x.shape
+        if colours != 1:
+            raise BackendError(f"the network is for images of one channel, got {colours}")
         channels = len(weight)
         x = nn.functional.pad(x.float(), (1, 1, 1, 1)).contiguous()
         weights = torch.cat([weight.reshape(channels, -1).t(), bias[None]])
@@ -217,7 +249,7 @@ class GreyConvPool(torch.autograd.Function):
         x, code = ctx.saved_tensors
         shape = ctx.shape
         gradient = gradient.contiguous(memory_format=torch.channels_last)
-        sums = torch.empty(shape.images, 10, shape.channels)
+        sums = _floats(shape.images, 10, shape.channels)
         native.library().evk_convolve_pool_backward(
             *(gradient.data_ptr(), code.data_ptr(), x.data_ptr(), sums.data_ptr()),
             *(ctypes.byref(shape), *_format_and_threads(gradient)),
@@ -259,7 +291,7 @@ class ConvPool(torch.autograd.Function):
         full = _empty_images(
             gradient.dtype, shape.images, shape.channels, shape.height, shape.width
         )
-        sums = torch.empty(shape.images, shape.channels)
+        sums = _floats(shape.images, shape.channels)
         native.library().evk_pool_backward(
             *(gradient.data_ptr(), code.data_ptr(), full.data_ptr(), sums.data_ptr()),
             *(ctypes.byref(shape), ctx.scale, *_format_and_threads(gradient)),
@@ -291,7 +323,7 @@ class ConvNorm(torch.autograd.Function):
                     "a batch norm needs more than one value a channel to train with, got one; "
                     "use larger batches"
                 )
-            saved, sums = torch.empty(4, channels), _room_for_sums(rows, channels)
+            saved, sums = _floats(4, channels), _room_for_sums(rows, channels)
             native.library().evk_norm_relu(
                 *(full.data_ptr(), y.data_ptr(), ctypes.byref(_norm(norm)), saved.data_ptr()),
                 *(sums.data_ptr(), rows, channels),
@@ -311,19 +343,23 @@ class ConvNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> Gradients:
+        if not ctx.saved_tensors:
+            raise BackendError(
+                "a native batch norm has no gradient in eval mode; run the network itself"
+            )
         x, weight, full, saved = ctx.saved_tensors
         gradient = gradient.contiguous(memory_format=torch.channels_last)
         channels = full.shape[1]
         rows = full.numel() // channels
         result = torch.empty_like(full)
-        parameters, sums = torch.empty(2, channels), _room_for_sums(rows, channels)
+        parameters, sums = _floats(2, channels), _room_for_sums(rows, channels)
         native.library().evk_norm_relu_backward(
             *(gradient.data_ptr(), full.data_ptr(), saved.data_ptr(), result.data_ptr()),
             *(parameters.data_ptr(), sums.data_ptr()),
             *(rows, channels, *_format_and_threads(full)),
         )
         # a constant before the norm changes nothing behind it
-        bias = torch.zeros(channels)
+        bias = torch.zeros(channels, dtype=torch.float32)
         return *_convolution_gradients(ctx, result, x, weight), bias, *parameters, None
 
 
@@ -387,7 +423,9 @@ def _product(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """x (N, I) times the transpose of weight (O, I), and bias."""
-    if torch.backends.mkldnn.is_available():
+    if torch.backends.mkldnn.is_available() and (
+        x.dtype is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ):
         # oneDNN also for float32, where torch takes BLAS: MKL leaves AVX-512 of other makers'
         # processors unused, and takes twice as long there (measured)
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -413,16 +451,22 @@ def _convolution_gradients(
 
 
 def weight_gradient(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Of a convolution's weights: float32 (K, C, 3, 3), channels_last, from (N, K, H, W) and
-    (N, C, H, W), channels_last. Only where `native.has_convolution_weights()`.
+    """Of a convolution's weights, where `native.has_convolution_weights()`.
+
+    Args:
+        gradient: (N, K, H, W), channels_last.
+        x: (N, C, H, W), channels_last, of the same type: float32 or bfloat16.
+
+    Returns:
+        float32 (K, C, 3, 3), channels_last.
     """
     outputs, library = gradient.shape[1], native.library()
     images, channels, height, width = x.shape
     shape = Images(images, height, width, channels)
     kind, threads = _format_and_threads(x)
     padded = math.ceil(outputs / GROUP_OUTPUTS) * GROUP_OUTPUTS
-    sums = torch.empty(math.ceil(images / GROUP_IMAGES), 9 * channels, padded)
-    room = torch.empty(threads, library.evk_convolution_room(ctypes.byref(shape), outputs, kind))
+    sums = _floats(math.ceil(images / GROUP_IMAGES), 9 * channels, padded)
+    room = _floats(threads, library.evk_convolution_room(ctypes.byref(shape), outputs, kind))
     library.evk_convolution_weights(
         *(gradient.data_ptr(), x.data_ptr(), sums.data_ptr(), room.data_ptr()),
         *(ctypes.byref(shape), outputs, kind, threads),
@@ -431,12 +475,16 @@ def weight_gradient(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return rows.view(outputs, 3, 3, channels).permute(0, 3, 1, 2)
 
 
+def _floats(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float32)  # whatever torch's default type is
+
+
 def _empty_images(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
 
 
 def _room_for_sums(rows: int, channels: int) -> torch.Tensor:
-    return torch.empty(math.ceil(rows / NORM_ROWS), 2, channels)
+    return _floats(math.ceil(rows / NORM_ROWS), 2, channels)
 
 
 def _norm(norm: nn.BatchNorm2d) -> Norm:

@@ -164,7 +164,8 @@ def _help_topics() -> str:
 def _read(path: os.PathLike[str]) -> str:
     try:
         with open(path, "rb") as file:
-            return file.read().decode("utf-8")
+            # the mark that some editors begin a file with is no part of its text
+            return file.read().decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise DatasetError(
             f"{path} is no text in UTF-8: byte 0x{error.object[error.start]:02x} at offset "
