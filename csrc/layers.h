@@ -56,6 +56,10 @@ void evk_relu(void *y, int64_t n, const evk_dropout *dropout, int32_t format, in
 void evk_relu_backward(const void *gradient, const void *y, void *result, int64_t n, float scale,
                        int32_t format, int32_t threads);
 
+/* y (matrices, columns, rows) of x (matrices, rows, columns): of images, pixels for channels. */
+void evk_transpose(const void *x, void *y, int64_t matrices, int64_t rows, int64_t columns,
+                   int32_t format, int32_t threads);
+
 /* What a batch norm keeps; float (channels,) each. */
 typedef struct {
     const float *weight, *bias;

@@ -211,6 +211,22 @@ def test_relu_is_that_of_torch(dtype, count):
     torch.testing.assert_close(nans.float(), torch.tensor([NAN, NAN, INF, 0]), equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(1, 1), (15, 40), (40, 15), (16, 16), (49, 64), (64, 49), (17, 35)]
+)
+def test_matrices_are_transposed(dtype, rows, columns):
+    memory = Memory()
+    x = memory.of(torch.randn(5, rows, columns).to(dtype))
+    for threads in (1, 2):
+        y = memory.empty(5, columns, rows, dtype=dtype)
+        native.library().evk_transpose(
+            *(x.data_ptr(), y.data_ptr(), 5, rows, columns, native.FORMATS[dtype], threads)
+        )
+        memory.check()
+        assert torch.equal(y, x.transpose(1, 2))
+
+
 # Batch norm
 
 

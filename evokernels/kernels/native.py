@@ -108,6 +108,7 @@ def library() -> ctypes.CDLL:
         "evk_norm_relu": (*(pointer,) * 5, int64, int64, int32, int32),
         "evk_scale_relu": (*(pointer,) * 3, int64, int64, int32, int32),
         "evk_norm_relu_backward": (*(pointer,) * 6, int64, int64, int32, int32),
+        "evk_transpose": (pointer, pointer, int64, int64, int64, int32, int32),
         "evk_make_batch": (pointer,) * 4,
         "evk_convolution_weights": (*(pointer,) * 5, int64, int32, int32),
     }

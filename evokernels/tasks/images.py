@@ -148,7 +148,7 @@ class ImageMaker:
 
     def _in_one_pass(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
         shape = len(draw.chosen), *images.shape[1:]
-        x = torch.empty(shape, memory_format=torch.channels_last)
+        x = torch.empty(shape, dtype=torch.float32, memory_format=torch.channels_last)
         if draw.mirrored is None:
             nowhere = torch.zeros_like(draw.chosen)
             moved = nowhere.to(torch.bool), nowhere, nowhere

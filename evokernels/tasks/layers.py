@@ -184,8 +184,8 @@ def _conv_norm(
     )
 
 
-def _flatten(_dtype: torch.dtype, flatten: nn.Flatten) -> Operation:
-    return flatten
+def _flatten(dtype: torch.dtype, _flatten: nn.Flatten) -> Operation:
+    return lambda x: Flatten.apply(x.to(dtype))
 
 
 def _linear_relu(
@@ -363,6 +363,26 @@ class ConvNorm(torch.autograd.Function):
         return *_convolution_gradients(ctx, result, x, weight), bias, *parameters, None
 
 
+class Flatten(torch.autograd.Function):
+    """Flattening as of images with the channels outermost: (N, C, H, W) → (N, C · H · W)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        images, channels, height, width = ctx.shape = x.shape
+        y = torch.empty(images, channels * height * width, dtype=x.dtype)
+        _transpose(x, y, images, height * width, channels)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        images, channels, height, width = ctx.shape
+        gradient = gradient.contiguous()
+        result = _empty_images(gradient.dtype, *ctx.shape)
+        _transpose(gradient, result, images, channels, height * width)
+        return result
+
+
 class LinearReLU(torch.autograd.Function):
     """Linear layer, relu and dropout: (N, I) with weights (O, I) → (N, O)."""
 
@@ -392,6 +412,11 @@ class LinearReLU(torch.autograd.Function):
         of_x = _product(before, weight.t()) if ctx.needs_input_grad[0] else None
         of_weight = _product(before.t(), x.t()).float()
         return of_x, of_weight, before.sum(0, dtype=torch.float32), None
+
+
+def _transpose(x: torch.Tensor, y: torch.Tensor, *shape: int) -> None:
+    """Matrices, rows and columns of x, as they lie, to y."""
+    native.library().evk_transpose(x.data_ptr(), y.data_ptr(), *shape, *_format_and_threads(x))
 
 
 def _product(
