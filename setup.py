@@ -61,6 +61,7 @@ native = Extension(
         "-Wall",
         "-Wextra",
         "-Werror=vla",
+        "-Wno-psabi",  # vectors are passed between functions of one file alone
         # the same result for every instruction set, thread count and loop tail
         "-ffp-contract=off",
         # nothing reads errno or the floating-point flags; without these no root and no select

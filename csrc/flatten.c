@@ -3,11 +3,6 @@
 
 /* As first rows interleaved with last ones: the upper bit of a row becomes the lowest of a column,
  * and after four times rows are columns. */
-#define FIRST_HALVES(a, b)                                                                     \
-    __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
-#define LAST_HALVES(a, b)                                                                      \
-    __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
-
 #define INTERLEAVE(from, into)                                                                 \
     for (int i = 0; i < LANES / 2; ++i) {                                                      \
         into[2 * i] = FIRST_HALVES(from[i], from[i + LANES / 2]);                              \

@@ -42,6 +42,19 @@ EVK_INLINE int64_t bytes(int32_t format) { return format == EVK_BFLOAT16 ? 2 : 4
         loaded;                                                                                \
     }))
 
+/* A vector of these places in two. */
+#ifdef __clang__
+#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else /* which has the other one from version 12 on only */
+#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, (__typeof__((a) == (b))){__VA_ARGS__})
+#endif
+
+/* Two vectors interleaved: their first halves, and their last ones. */
+#define FIRST_HALVES(a, b)                                                                     \
+    SHUFFLED(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define LAST_HALVES(a, b)                                                                      \
+    SHUFFLED(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+
 /* Bits of positive floats, or of the NaN above, as they are stored, and back. */
 #define ROUNDED_float32(bits) (bits)
 #define ROUNDED_bfloat16(bits) (((bits) + 0x7fff + ((bits) >> 16 & 1)) >> 16)

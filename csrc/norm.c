@@ -49,17 +49,14 @@ enum { UPPER = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ };
 /* Floats, one a channel, in the order of the vectors. */
 #define ARRANGED_float32(block, k) ((vector)(block).of[k])
 #define ARRANGED_bfloat16(block, k)                                                            \
-    ((k) ? __builtin_shufflevector((vector)(block).of[0], (vector)(block).of[1], 1, 3, 5, 7, 9, \
-                                   11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)                 \
-         : __builtin_shufflevector((vector)(block).of[0], (vector)(block).of[1], 0, 2, 4, 6, 8, \
-                                   10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30))
+    ((k) ? SHUFFLED((vector)(block).of[0], (vector)(block).of[1], 1, 3, 5, 7, 9, 11, 13, 15,   \
+                    17, 19, 21, 23, 25, 27, 29, 31)                                            \
+         : SHUFFLED((vector)(block).of[0], (vector)(block).of[1], 0, 2, 4, 6, 8, 10, 12, 14,   \
+                    16, 18, 20, 22, 24, 26, 28, 30))
 #define REARRANGED_float32(block, pair) JOIN_float32(block, pair)
 #define REARRANGED_bfloat16(block, pair)                                                       \
-    ((block).of[0] = (words)__builtin_shufflevector((pair).of[0], (pair).of[1], 0, 16, 1, 17,  \
-                                                    2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), \
-     (block).of[1] =                                                                           \
-         (words)__builtin_shufflevector((pair).of[0], (pair).of[1], 8, 24, 9, 25, 10, 26, 11,  \
-                                        27, 12, 28, 13, 29, 14, 30, 15, 31))
+    ((block).of[0] = (words)FIRST_HALVES((pair).of[0], (pair).of[1]),                          \
+     (block).of[1] = (words)LAST_HALVES((pair).of[0], (pair).of[1]))
 
 /* relu's gradient: that of z, where relu lets it through. */
 #define BEHIND_RELU(gradient, z) ((vector)((integers)(gradient) & ~((z) <= 0.0f)))
