@@ -11,6 +11,7 @@ enum { LANES = EVK_LANES };
 /* One number for each of LANES channels. */
 typedef float vector __attribute__((vector_size(4 * LANES)));
 typedef int32_t integers __attribute__((vector_size(4 * LANES)));
+typedef int16_t shorts __attribute__((vector_size(2 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 typedef uint8_t small __attribute__((vector_size(LANES)));
 
@@ -46,7 +47,9 @@ EVK_INLINE int64_t bytes(int32_t format) { return format == EVK_BFLOAT16 ? 2 : 4
 #ifdef __clang__
 #define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else /* which has the other one from version 12 on only */
-#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, (__typeof__((a) == (b))){__VA_ARGS__})
+#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, (PLACES(a)){__VA_ARGS__})
+#define PLACES(a)                                                                              \
+    __typeof__(__builtin_choose_expr(sizeof(a) == sizeof(integers), (integers){0}, (shorts){0}))
 #endif
 
 /* Two vectors interleaved: their first halves, and their last ones. */
