@@ -2,6 +2,7 @@ import pytest
 import torch
 from cuda_on_host import CudaOnHost
 
+from evokernels.evolution import evaluator
 from evokernels.kernels.registry import BACKENDS
 
 ON_HOST = CudaOnHost()
@@ -12,6 +13,20 @@ def backend(request, monkeypatch):
     """Every way to run a step on CPU tensors; the CUDA backend's kernels compiled for the host."""
     monkeypatch.setitem(BACKENDS, ON_HOST.name, ON_HOST)
     return request.param
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """Every list of losses that an evaluation ends with."""
+    kept = []
+    train = evaluator._train
+
+    def keeping(*args):
+        kept.append(train(*args))
+        return kept[-1]
+
+    monkeypatch.setattr(evaluator, "_train", keeping)
+    return kept
 
 
 def pytest_runtest_setup(item):

@@ -360,20 +360,6 @@ def images():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def losses(monkeypatch):
-    """Every list of losses that an evaluation ends with."""
-    kept = []
-    train = evaluator._train
-
-    def keeping(*args):
-        kept.append(train(*args))
-        return kept[-1]
-
-    monkeypatch.setattr(evaluator, "_train", keeping)
-    return kept
-
-
 @pytest.mark.parametrize("name", BASELINES)
 def test_training_learns(images, losses, name):
     outcome = evaluate(Trial(BASELINES[name], MINI, 0), Conditions(20, 16, 256), images)

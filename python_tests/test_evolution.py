@@ -16,7 +16,7 @@ import torch
 from evokernels import zoo
 from evokernels.compiler.canonical import canonical_key
 from evokernels.errors import DatasetError, JournalError, SettingsError
-from evokernels.evolution import evaluator, journal, pool, report
+from evokernels.evolution import journal, pool, report
 from evokernels.evolution.evaluator import EVALUATION_VERSION, evaluate
 from evokernels.evolution.fitness import diverged, final_loss, genome_score, run_fitness
 from evokernels.evolution.journal import JOURNAL, Entry, open_journal
@@ -81,20 +81,6 @@ def images():
     torch.set_num_threads(1)
     yield load_images(MINI, train_samples=CONDITIONS.train_samples)
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def losses(monkeypatch):
-    """Every list of losses that an evaluation ends with."""
-    kept = []
-    train = evaluator._train
-
-    def keeping(*args):
-        kept.append(train(*args))
-        return kept[-1]
-
-    monkeypatch.setattr(evaluator, "_train", keeping)
-    return kept
 
 
 def test_an_evaluation_is_reproducible_and_leaves_the_global_generator(images, losses):
