@@ -135,24 +135,14 @@ __attribute__((always_inline)) EVK_AVX512 static inline void accumulate(
         }
 }
 
-/* `rows` left, of which at most BLOCK are done. */
-EVK_AVX512 static void accumulate_pairs(int64_t rows, block at, const weighing *t,
-                                        stream next[2]) {
+/* `rows` left, of which at most BLOCK are done; `paired` must be a literal where this is called. */
+__attribute__((always_inline)) EVK_AVX512 static inline void accumulate_rows(
+    int64_t rows, const int paired, block at, const weighing *t, stream next[2]) {
     switch (rows) {
-        case 3: accumulate(3, 1, at, t, next); break;
-        case 6: accumulate(6, 1, at, t, next); break;
-        case 9: accumulate(9, 1, at, t, next); break;
-        default: accumulate(BLOCK, 1, at, t, next);
-    }
-}
-
-EVK_AVX512 static void accumulate_floats(int64_t rows, block at, const weighing *t,
-                                         stream next[2]) {
-    switch (rows) {
-        case 3: accumulate(3, 0, at, t, next); break;
-        case 6: accumulate(6, 0, at, t, next); break;
-        case 9: accumulate(9, 0, at, t, next); break;
-        default: accumulate(BLOCK, 0, at, t, next);
+        case 3: accumulate(3, paired, at, t, next); break;
+        case 6: accumulate(6, paired, at, t, next); break;
+        case 9: accumulate(9, paired, at, t, next); break;
+        default: accumulate(BLOCK, paired, at, t, next);
     }
 }
 
@@ -210,7 +200,7 @@ static void pack_gradient(const void *image, uint32_t *words, const weighing *t)
 }
 
 /* Adds image n to the sums of its group; `words` has zeros where nothing is packed. */
-static void weigh_image(const weighing *t, int64_t n, uint32_t *words, float *sums) {
+EVK_AVX512 static void weigh_image(const weighing *t, int64_t n, uint32_t *words, float *sums) {
     const packing *p = &t->packing;
     const int64_t pixels = t->images->height * t->images->width;
     const int64_t element = t->format == EVK_BFLOAT16 ? 2 : 4;
@@ -232,8 +222,10 @@ static void weigh_image(const weighing *t, int64_t n, uint32_t *words, float *su
             for (int64_t o = 0; o < p->padded_outputs; o += EVK_GROUP_OUTPUTS) {
                 const block at = {words + k * p->x_row + r, gradient_words + o,
                                   sums + (k * rows + r) * p->padded_outputs + o};
-                (t->format == EVK_BFLOAT16 ? accumulate_pairs : accumulate_floats)(rows - r, at, t,
-                                                                                   next);
+                if (t->format == EVK_BFLOAT16)
+                    accumulate_rows(rows - r, 1, at, t, next);
+                else
+                    accumulate_rows(rows - r, 0, at, t, next);
             }
 }
 

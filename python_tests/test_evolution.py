@@ -61,14 +61,16 @@ def test_a_high_loss_is_not_yet_lost(loss):
 
 
 def test_a_genome_is_worth_the_mean_over_seeds_then_tasks():
-    ok, bad = Status.OK, Status.DIVERGED
+    def run(fitness, status=Status.OK):
+        return Outcome(status, fitness, None, None, steps=1, seconds=1.0, data="")
+
     # three runs of one task weigh as much as one run of the other
-    runs = {"a": [(0.9, ok), (0.6, ok), (0.6, ok)], "b": [(0.3, ok)]}
+    runs = {"a": [run(0.9), run(0.6), run(0.6)], "b": [run(0.3)]}
     score = genome_score(runs)
-    assert (score.fitness, score.status) == (pytest.approx(0.5), ok)
-    runs["b"] = [(-1.0, bad)]
+    assert (score.fitness, score.status) == (pytest.approx(0.5), Status.OK)
+    runs["b"] = [run(-1.0, Status.DIVERGED)]
     score = genome_score(runs)
-    assert (score.fitness, score.status) == (pytest.approx(-0.15), bad)
+    assert (score.fitness, score.status) == (pytest.approx(-0.15), Status.DIVERGED)
 
 
 # Evaluation

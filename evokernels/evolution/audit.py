@@ -11,7 +11,7 @@ from evokernels.evolution.files import csv_text
 from evokernels.evolution.fitness import genome_score
 from evokernels.evolution.journal import Journal
 from evokernels.evolution.settings import RunSettings
-from evokernels.evolution.trial import Purpose, Trial
+from evokernels.evolution.trial import Outcome, Purpose, Trial
 from evokernels.genome import Genome
 from evokernels.search.score import Score, Status
 
@@ -128,10 +128,10 @@ def missing_trial(journal: Journal, stopped: Stopped, task: str, seed: int) -> T
 
 def judge(evaluations: Evaluations, stopped: Stopped, trials: Sequence[Trial]) -> Verdict:
     """How a genome did in all these trials, beside the others of its generation."""
-    runs: dict[str, list[tuple[float, Status]]] = {}
+    runs: dict[str, list[Outcome]] = {}
     for trial in trials:
-        outcome = evaluations.entry(stopped.key, trial.task, trial.seed, trial.purpose).outcome
-        runs.setdefault(trial.task, []).append((outcome.fitness, outcome.status))
+        entry = evaluations.entry(stopped.key, trial.task, trial.seed, trial.purpose)
+        runs.setdefault(trial.task, []).append(entry.outcome)
     score = genome_score(runs)
     told = {
         key: Score(fitness, Status(status))

@@ -6,10 +6,14 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from evokernels.search.score import Score, Status
+
+if TYPE_CHECKING:
+    from evokernels.evolution.trial import Outcome
 
 __all__ = [
     "DIVERGED_FITNESS",
@@ -74,17 +78,17 @@ def run_fitness(accuracy: float, loss: float) -> float:
     return accuracy + LOSS_WEIGHT * max(0.0, 1.0 - loss)
 
 
-def genome_score(runs: Mapping[str, Iterable[tuple[float, Status]]]) -> Score:
+def genome_score(runs: Mapping[str, Iterable[Outcome]]) -> Score:
     """Score of a genome: the mean over the seeds of each task, then over the tasks.
 
     A genome has the status of its worst run: an optimizer that fails one training in six is no
     optimizer, however good the other five are.
 
     Args:
-        runs: for each task, the fitness and the status of each of its runs.
+        runs: for each task, how each of its runs ended.
     """
-    by_task = {task: list(pairs) for task, pairs in runs.items()}
-    means = [statistics.fmean(fitness for fitness, _ in pairs) for pairs in by_task.values()]
-    statuses = {status for pairs in by_task.values() for _, status in pairs}
+    by_task = [list(outcomes) for outcomes in runs.values()]
+    means = [statistics.fmean(outcome.fitness for outcome in outcomes) for outcomes in by_task]
+    statuses = {outcome.status for outcomes in by_task for outcome in outcomes}
     # listed from the best to the worst
     return Score(statistics.fmean(means), max(statuses, key=list(Status).index))

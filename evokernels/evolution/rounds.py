@@ -53,10 +53,7 @@ class Runner:
     def score(self) -> Score:
         """The mean over its seeds, then over the tasks."""
         return genome_score(
-            {
-                task: [(entry.outcome.fitness, entry.outcome.status) for entry in entries]
-                for task, entries in self.by_task.items()
-            }
+            {task: [entry.outcome for entry in entries] for task, entries in self.by_task.items()}
         )
 
 

@@ -83,12 +83,10 @@ def choose(
         optimizers: `candidates` of one optimizer.
         outcome: looks up how one of their `trials` ended.
     """
-    scores = []
-    for optimizer in optimizers:
-        ends = {trial.task: outcome(trial) for trial in trials([optimizer], tasks)}
-        scores.append(
-            genome_score({task: [(end.fitness, end.status)] for task, end in ends.items()})
-        )
+    scores = [
+        genome_score({trial.task: [outcome(trial)] for trial in trials([optimizer], tasks)})
+        for optimizer in optimizers
+    ]
     best = max(range(len(scores)), key=lambda place: scores[place].rank)
     return Choice(optimizers[best], scores[best], scores[0])
 

@@ -85,14 +85,12 @@ def choose_winner(
     )
 
     def final_score(scored: Scored) -> Score:
-        outcomes = {
-            task: [evaluations.outcome(trial(scored, task, seed)) for seed in settings.final_seeds]
-            for task in settings.tasks
-        }
         return genome_score(
             {
-                task: [(outcome.fitness, outcome.status) for outcome in of_task]
-                for task, of_task in outcomes.items()
+                task: [
+                    evaluations.outcome(trial(scored, task, seed)) for seed in settings.final_seeds
+                ]
+                for task in settings.tasks
             }
         )
 
