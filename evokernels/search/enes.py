@@ -1,4 +1,4 @@
-"""Exact Natural Evolution Strategy: a Gaussian search distribution that follows its natural gradient.
+"""Exact Natural Evolution Strategy: a Gaussian that follows its natural gradient.
 
     enes = ENES(
         {"fitness_function": rosenbrock, "ndim_problem": 2,
@@ -11,8 +11,8 @@
     while len(candidates := enes.ask(state)):
         state = enes.tell(state, [fitness(x) for x in candidates])
 
-Yi, Wierstra, Schaul & Schmidhuber 2009, "Stochastic search using the natural gradient"; Schaul 2011,
-"Studies in continuous black-box optimization"; Wierstra et al. 2014, "Natural evolution
+Yi, Wierstra, Schaul & Schmidhuber 2009, "Stochastic search using the natural gradient"; Schaul
+2011, "Studies in continuous black-box optimization"; Wierstra et al. 2014, "Natural evolution
 strategies". `natural` has the equations. Keys, defaults, random numbers and restarts are those of
 ``pypop7.optimizers.nes.enes.ENES``: the same options find the same candidates.
 """
@@ -34,6 +34,7 @@ from evokernels.search.natural import natural_gradient, utilities
 
 __all__ = ["ENES", "State", "Termination"]
 
+ANY = np.random.SeedSequence(0)  # what a generator is made with before its state is put back
 STAGNANT = 1e-12  # a run that gains less than this in a window of generations is over
 
 
@@ -349,7 +350,7 @@ class ENES:
 
 def _generator(state: Mapping[str, Any]) -> np.random.Generator:
     """A generator that goes on from a state."""
-    bits = np.random.PCG64(0)
+    bits = np.random.PCG64(ANY)
     bits.state = state
     return np.random.Generator(bits)
 

@@ -118,7 +118,7 @@ def _positive(given: Mapping[str, Any], key: str, default: float) -> float:
     value = given.get(key)
     if value is None:
         return default
-    if not isinstance(value, numbers.Real) or not 0 < value or (value == math.inf != default):
+    if not isinstance(value, numbers.Real) or not value > 0 or (value == math.inf != default):
         raise SettingsError(f"{key} must be a number above 0, got {value!r}")
     return float(value)
 

@@ -40,8 +40,8 @@ import numpy as np
 __all__ = ["natural_gradient", "utilities"]
 
 BLOCK = 64  # rows of A; large enough for matrix products to run at speed
-BELOW = np.tri(BLOCK, k=-1)  # [j, k] = 1 for j > k
-UPPER = BELOW.T + 0.5 * np.eye(BLOCK)  # half the diagonal: M_kk has the Fisher information 2
+ABOVE = np.tri(BLOCK, k=-1).T.copy()  # [k, j] = 1 for j > k
+UPPER = ABOVE + 0.5 * np.eye(BLOCK)  # half the diagonal: M_kk has the Fisher information 2
 TINY = np.finfo(np.float64).tiny
 
 
@@ -76,35 +76,38 @@ def natural_gradient(
         The gradients by the mean, (d,), and by A, (d, d) upper triangular.
     """
     n, d = z.shape
+    # individuals side by side: every operation then runs along them, not along a few dimensions
+    z = np.ascontiguousarray(z.T)
+    shares = np.ones((n, 2))  # sums over the individuals, plain and weighted, are one product
+    shares[:, 1] = utility
+    level = shares[:, 0] @ utility / n
     gradient = np.zeros((d, d))
-    sums = np.zeros((n, d))  # S of the block's last row
+    sums = np.zeros((d, n))  # Σ z_j A_j over the rows so far
+    lengths = np.zeros(n)  # and its squared length
     for low in range((d - 1) // BLOCK * BLOCK, -1, -BLOCK):
         high = min(low + BLOCK, d)
-        numbers, rows, tail = z[:, low:high], a[low:high, low:], sums[:, low:]
-        below, upper = BELOW[: high - low, : high - low], UPPER[: high - low, : high - low]
+        numbers, rows, tail = z[low:high], a[low:high, low:], sums[low:]
+        above, upper = ABOVE[: high - low, : high - low], UPPER[: high - low, : high - low]
 
         gram = rows @ rows.T
-        squares = gram.diagonal()
-        inner = tail @ rows.T + numbers @ (gram * below)  # S_k·A_k
+        squares = gram.diagonal()[:, None]
         power = numbers * numbers
-        growth = (2.0 * numbers * inner + power * squares) @ below  # (6)
-        lengths = _squared_lengths(tail)[:, None] + growth
-        half = 0.5 * (power - 1.0)
-        norms = power * lengths + 2.0 * half * numbers * inner + half * half * squares  # (5)
-        weights = (utility[:, None] - _baseline(utility, norms)) / n
+        half = 0.5 * power - 0.5
+        cross = 2.0 * numbers * (rows @ tail + (gram * above) @ numbers)  # 2 z_k S_k·A_k
+        growth = cross + power * squares
+        tails = lengths + above @ growth  # |S_k|², by (6)
+        norms = power * tails + half * (cross + half * squares)  # (5)
+        lengths = tails[0] + growth[0]
+        baseline = _baseline(norms, shares)
 
-        weighted = (weights * numbers).T
-        m = (weighted @ numbers - np.diag(weights.sum(axis=0))) * upper
-        gradient[low:high, low:] = weighted @ tail + m @ rows  # (4)
-        tail += numbers @ rows
-    baseline = _baseline(utility, _squared_lengths(sums))
-    return (utility - baseline) @ sums / n, gradient
-
-
-def _squared_lengths(vectors: np.ndarray) -> np.ndarray:
-    return np.einsum("ij,ij->i", vectors, vectors)
+        weighted = numbers * ((utility - baseline[:, None]) / n)
+        m = (weighted @ numbers.T - np.diag(level - baseline)) * upper
+        gradient[low:high, low:] = weighted @ tail.T + m @ rows  # (4)
+        tail += rows.T @ numbers
+    return sums @ (utility - _baseline(lengths, shares)) / n, gradient
 
 
-def _baseline(utility: np.ndarray, norms: np.ndarray) -> np.ndarray:
+def _baseline(norms: np.ndarray, shares: np.ndarray) -> np.ndarray:
     """Equation (3); 0 for a block that has shrunk to nothing."""
-    return utility @ norms / np.maximum(norms.sum(axis=0), TINY)
+    sums = norms @ shares
+    return sums[..., 1] / np.maximum(sums[..., 0], TINY)
