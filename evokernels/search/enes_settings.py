@@ -33,6 +33,7 @@ class Settings:
     mean: np.ndarray | None
     individuals: int
     parents: float
+    window: int  # generations without a gain that end a run
     lr_mean: float
     lr_sigma: float
     max_evaluations: float
@@ -61,7 +62,6 @@ def read_settings(problem: Mapping[str, Any], options: Mapping[str, Any]) -> Set
             f"{upper[k]} in dimension {k}"
         )
     individuals = _whole(options, "n_individuals", 100, low=3)
-    parents = _whole(options, "n_parents", individuals / 2, low=2, high=individuals)
     budget = options.get("max_function_evaluations", math.inf)
     return Settings(
         fitness_function=_function(problem),
@@ -71,7 +71,8 @@ def read_settings(problem: Mapping[str, Any], options: Mapping[str, Any]) -> Set
         seed=_whole(options, "seed_rng", None, low=0),
         mean=_mean(options, lower, upper),
         individuals=individuals,
-        parents=parents,
+        parents=_whole(options, "n_parents", individuals / 2, low=2, high=individuals),
+        window=10 + math.ceil(30 * dimensions / individuals),
         lr_mean=_positive(options, "lr_mean", 1.0),
         lr_sigma=_positive(options, "lr_sigma", 1.0),
         max_evaluations=(

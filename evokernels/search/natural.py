@@ -1,23 +1,23 @@
 """The exact natural gradient of a Gaussian search distribution, in closed form.
 
 Candidates are x = m + Aᵀz with z standard normal and A upper triangular, so that their covariance
-is C = AᵀA (Yi, Wierstra, Schaul & Schmidhuber 2009, section 3). The natural gradient multiplies the
-log-derivatives of the density by the inverse of their Fisher matrix, which the paper inverts
-block by block in O(d³). Nothing has to be inverted. A natural gradient does not depend on the
-coordinates it is computed in, and in the coordinates M of a change A → (I + M) A, M upper
-triangular, the density of x becomes that of z' = z - Mᵀz:
+is C = AᵀA (Yi, Wierstra, Schaul & Schmidhuber 2009). The natural gradient multiplies the
+log-derivatives of the density by the inverse of their Fisher matrix, which the paper inverts block
+by block in O(d³). Nothing has to be inverted. A natural gradient does not depend on the coordinates
+it is computed in, and in the coordinates M of a change A → (I + M) A, M upper triangular, z becomes
+z - Mᵀz and log det A grows by tr M:
 
     log-derivative by M_kj     z_k z_j - [k = j]            for j ≥ k
     its Fisher matrix          diagonal: 1 for j > k, 2 for j = k
-    natural gradient           M_kj = z_k z_j for j > k,  M_kk = (z_k² - 1) / 2
+    natural gradient           M_kj = z_k z_j for j > k,  M_kk = ½ (z_k² - 1)
 
 Row k of A therefore changes by the k-th row of M A, and the mean by x - m:
 
     (1)  v_k = z_k S_k + ½ (z_k² - 1) A_k    with  S_k = Σ_{j>k} z_j A_j
     (2)  v_0 = x - m = Σ_j z_j A_j
 
-Each of these d + 1 blocks has the baseline that makes the variance of its estimate smallest (Yi et
-al. 2009, section 4; Wierstra et al. 2014, section 3.1), over the individuals i with utilities u_i:
+Each of these d + 1 blocks has a baseline of its own, that which makes the variance of its estimate
+smallest (Yi et al. 2009, "block fitness baselines"), over n individuals i with utilities u_i:
 
     (3)  b_k = Σ_i u_i |v_ik|² / Σ_i |v_ik|²
     (4)  g_k = 1/n Σ_i (u_i - b_k) v_ik
@@ -39,7 +39,7 @@ import numpy as np
 
 __all__ = ["natural_gradient", "utilities"]
 
-BLOCK = 64  # rows of A; large enough for matrix products to run at speed
+BLOCK = 32  # rows of A; large enough for matrix products to run at speed
 ABOVE = np.tri(BLOCK, k=-1).T.copy()  # [k, j] = 1 for j > k
 UPPER = ABOVE + 0.5 * np.eye(BLOCK)  # half the diagonal: M_kk has the Fisher information 2
 TINY = np.finfo(np.float64).tiny
