@@ -19,6 +19,7 @@ strategies". `natural` has the equations. Keys, defaults, random numbers and res
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import math
 import time
@@ -140,7 +141,7 @@ class ENES:
             if settings.verbose and len(curve) % settings.verbose == 0:
                 print(
                     f"generation {len(curve)}: best {state.best_y:.6g} after "
-                    f"{state.n_evaluations} evaluations, this time {fitness.min():.6g}"
+                    f"{state.n_evaluations} evaluations"
                 )
         ended = time.perf_counter()
         if state.n_evaluations >= settings.max_evaluations:
@@ -166,14 +167,15 @@ class ENES:
             return _numbers(function(candidates), len(candidates))
         fitness = []
         for candidate in candidates:
-            fitness.append(function(candidate))
-            if fitness[-1] <= threshold or time.perf_counter() >= deadline:
+            fitness.append(_number(function(candidate)))
+            # a fitness of -inf has failed, as any that is not finite
+            if -math.inf < fitness[-1] <= threshold or time.perf_counter() >= deadline:
                 break
-        return _numbers(fitness, len(fitness))
+        return np.array(fitness)
 
     def _found(self, state: State) -> dict[str, Any]:
         """The results that follow from the last state alone."""
-        x = state.best_x
+        x = None if state.best_x is None else state.best_x.copy()
         with np.errstate(divide="ignore"):  # log 0 = -inf: the distribution has shrunk to nothing
             sigma = float(np.exp(np.log(np.abs(state.a.diagonal())).mean()))
         return {
@@ -182,14 +184,25 @@ class ENES:
             "n_function_evaluations": state.n_evaluations,
             "success": x is not None
             and bool(((self.settings.lower <= x) & (x <= self.settings.upper)).all()),
-            "mean": state.mean,
-            "initial_mean": state.initial_mean,
+            "mean": state.mean.copy(),
+            "initial_mean": state.initial_mean.copy(),
             "sigma": sigma,
             "_n_restart": len(state.runs),
             "_n_generations": state.generation,
-            "_list_initial_mean": [mean for _, mean in state.runs],
+            "_list_initial_mean": [mean.copy() for _, mean in state.runs],
             "_list_generations": [generations for generations, _ in state.runs],
         }
+
+
+def _number(value: Any) -> float:
+    """What a fitness function returned for one candidate."""
+    if getattr(value, "shape", ()) == ():
+        with contextlib.suppress(TypeError, ValueError):
+            return float(value)
+    raise FitnessError(
+        f"fitness_function must return one real number for a candidate, got {value!r}; one that "
+        "takes all candidates at once needs the option batched"
+    )
 
 
 def _numbers(fitness: Any, expected: int) -> np.ndarray:
