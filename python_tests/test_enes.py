@@ -269,6 +269,25 @@ def test_only_the_order_of_fitness_counts(order, shift, scale):
     np.testing.assert_equal(other.a, plain.a)
 
 
+def test_of_equals_the_earlier_ranks_better():
+    search = enes(n_individuals=100)
+    state = search.start()
+    fitness = np.random.default_rng(0).integers(0, 3, 100).astype(float)
+    told = search.tell(state, fitness)
+    np.testing.assert_equal(told.mean, search.tell(state, fitness + np.arange(100) / 1e3).mean)
+    np.testing.assert_equal(told.best_x, state.candidates[fitness.argmin()])
+
+
+@pytest.mark.parametrize(("gain", "restarts"), [(0.95e-12, True), (1.05e-12, False)])
+def test_a_run_ends_with_too_small_a_gain(gain, restarts):
+    search = enes(max_function_evaluations=12 * 30)
+    state = search.start()
+    for generation in range(18):  # 10 + ceil(30 * 3 / 12), of which the last gains on the first
+        state = search.tell(state, np.full(12, -generation * gain / 17))
+        assert state.generation == (0 if restarts and generation == 17 else generation + 1)
+    assert bool(state.runs) == restarts
+
+
 def test_parents_decide_who_has_a_share():
     state = enes().start()
     fitness = np.arange(12.0)
@@ -426,7 +445,6 @@ def test_verbose_prints_a_line_every_so_many_generations(capsys):
         ("n_individuals", 2, "n_individuals must be a whole number at least 3, got 2"),
         ("n_individuals", 12.5, "n_individuals must be a whole number"),
         ("n_individuals", math.inf, "n_individuals must be a whole number"),
-        ("n_individuals", True, "n_individuals must be a whole number"),
         ("n_parents", 1, "n_parents must be a whole number from 2 to 12, got 1"),
         ("n_parents", 13, "n_parents must be a whole number from 2 to 12, got 13"),
         ("max_function_evaluations", 0, "max_function_evaluations must be a whole number"),

@@ -48,7 +48,8 @@ class ENES:
     """Minimise a function of d real numbers, by `optimize` or by `ask` and `tell`.
 
     A fitness that is not finite (NaN, inf, -inf) ranks worst: it has no share in an update and is
-    never the best. Candidates may lie outside the boundaries, which only say where means are drawn.
+    never the best. Of equals the earlier ranks better. Candidates may lie outside the boundaries,
+    which only say where means are drawn.
 
     Args:
         problem: with the keys

@@ -108,7 +108,7 @@ def _whole(
     value = given.get(key)
     if value is None and default is not None:
         return default
-    whole = isinstance(value, numbers.Real) and not isinstance(value, bool) and value % 1 == 0
+    whole = isinstance(value, numbers.Real) and value % 1 == 0
     if not whole or value < low or (high is not None and value > high):
         allowed = f"at least {low}" if high is None else f"from {low} to {high}"
         raise SettingsError(f"{key} must be a whole number {allowed}, got {value!r}")
@@ -132,7 +132,7 @@ def _threshold(options: Mapping[str, Any]) -> float:
 
 
 def _vector(given: Mapping[str, Any], key: str, dimensions: int) -> np.ndarray:
-    """``dimensions`` finite numbers, read-only."""
+    """``dimensions`` finite numbers, a copy."""
     if given.get(key) is None:
         raise SettingsError(f"{key} is missing; give {dimensions} numbers, one a dimension")
     try:
@@ -146,7 +146,6 @@ def _vector(given: Mapping[str, Any], key: str, dimensions: int) -> np.ndarray:
         )
     if not np.isfinite(vector).all():
         raise SettingsError(f"{key} must be finite, got {vector}")
-    vector.setflags(write=False)
     return vector
 
 
