@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,17 @@ from evokernels.search.natural import natural_gradient, utilities
 __all__ = ["State", "first_state", "next_state"]
 
 STAGNANT = 1e-12  # a run that gains less than this in a window of generations is over
-ANY = np.random.SeedSequence(0)  # what a generator is made with before its state is put back
+
+
+class _Scratch(threading.local):
+    """A generator for each thread, whose state is set before it draws: making one takes longer."""
+
+    def __init__(self) -> None:
+        self.bits = np.random.PCG64(0)
+        self.generator = np.random.Generator(self.bits)
+
+
+_scratch = _Scratch()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -126,7 +137,7 @@ def next_state(settings: Settings, state: State, fitness: np.ndarray) -> State:
     by_mean, by_a = natural_gradient(state.z, utility, state.a)
     mean = state.mean + settings.lr_mean * by_mean
     a = state.a + settings.lr_sigma * by_a
-    if not (np.isfinite(mean).all() and np.isfinite(a).all()):
+    if not math.isfinite(mean @ a @ mean):  # nor is it where anything in either is not finite
         return _restarted(settings, state, told) if settings.restarts else _ended(state, told)
     return _drawn(
         settings,
@@ -168,9 +179,9 @@ def _restarted(settings: Settings, state: State, told: Mapping[str, Any]) -> Sta
 
 def _place(settings: Settings, placing: Mapping[str, Any]) -> tuple[np.ndarray, Mapping[str, Any]]:
     """A mean drawn within the boundaries, and the generator's state after it."""
-    generator = _generator(placing)
-    mean = generator.uniform(settings.lower, settings.upper)
-    return mean, generator.bit_generator.state
+    _scratch.bits.state = placing
+    mean = _scratch.generator.uniform(settings.lower, settings.upper)
+    return mean, _scratch.bits.state
 
 
 def _drawn(
@@ -183,9 +194,9 @@ def _drawn(
     **rest: Any,
 ) -> State:
     """A state with its candidates, as many as the budget allows."""
-    generator = _generator(sampling)
+    _scratch.bits.state = sampling
     n = min(n_individuals, settings.max_evaluations - n_evaluations)
-    z = generator.standard_normal((n, settings.dimensions))
+    z = _scratch.generator.standard_normal((n, settings.dimensions))
     candidates = mean + z @ a
     for array in (mean, a, z, candidates):
         array.setflags(write=False)
@@ -196,13 +207,6 @@ def _drawn(
         candidates=candidates,
         n_individuals=n_individuals,
         n_evaluations=n_evaluations,
-        sampling=generator.bit_generator.state,
+        sampling=_scratch.bits.state,
         **rest,
     )
-
-
-def _generator(state: Mapping[str, Any]) -> np.random.Generator:
-    """A generator that goes on from a state."""
-    bits = np.random.PCG64(ANY)
-    bits.state = state
-    return np.random.Generator(bits)

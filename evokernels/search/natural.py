@@ -40,8 +40,10 @@ import numpy as np
 __all__ = ["natural_gradient", "utilities"]
 
 BLOCK = 32  # rows of A; large enough for matrix products to run at speed
-ABOVE = np.tri(BLOCK, k=-1).T.copy()  # [k, j] = 1 for j > k
-UPPER = ABOVE + 0.5 * np.eye(BLOCK)  # half the diagonal: M_kk has the Fisher information 2
+EYE = np.eye(BLOCK)
+ABOVE = np.triu(np.ones((BLOCK, BLOCK)), 1)  # [k, j] = 1 for j > k
+UPPER = ABOVE + 0.5 * EYE  # half the diagonal: M_kk has the Fisher information 2
+MASKS = np.stack([EYE, ABOVE, UPPER])
 TINY = np.finfo(np.float64).tiny
 
 
@@ -79,15 +81,15 @@ def natural_gradient(
     # individuals side by side: every operation then runs along them, not along a few dimensions
     z = np.ascontiguousarray(z.T)
     shares = np.ones((n, 2))  # sums over the individuals, plain and weighted, are one product
-    shares[:, 1] = utility
-    level = shares[:, 0] @ utility / n
+    shares[:, 1] = utility = utility / n
+    level = utility @ shares[:, 0]
     gradient = np.zeros((d, d))
     sums = np.zeros((d, n))  # Σ z_j A_j over the rows so far
     lengths = np.zeros(n)  # and its squared length
     for low in range((d - 1) // BLOCK * BLOCK, -1, -BLOCK):
         high = min(low + BLOCK, d)
         numbers, rows, tail = z[low:high], a[low:high, low:], sums[low:]
-        above, upper = ABOVE[: high - low, : high - low], UPPER[: high - low, : high - low]
+        eye, above, upper = MASKS[:, : high - low, : high - low]
 
         gram = rows @ rows.T
         squares = gram.diagonal()[:, None]
@@ -100,11 +102,11 @@ def natural_gradient(
         lengths = tails[0] + growth[0]
         baseline = _baseline(norms, shares)
 
-        weighted = numbers * ((utility - baseline[:, None]) / n)
-        m = (weighted @ numbers.T - np.diag(level - baseline)) * upper
+        weighted = numbers * (utility - baseline[:, None])
+        m = (weighted @ numbers.T - eye * (level - n * baseline)) * upper
         gradient[low:high, low:] = weighted @ tail.T + m @ rows  # (4)
         tail += rows.T @ numbers
-    return sums @ (utility - _baseline(lengths, shares)) / n, gradient
+    return sums @ (utility - _baseline(lengths, shares)), gradient
 
 
 def _baseline(norms: np.ndarray, shares: np.ndarray) -> np.ndarray:

@@ -1,38 +1,46 @@
 """What pypop7's ENES does, run as a black box and recorded: `CASES` and `trace`, of theirs or ours.
 
     pip install --no-deps pypop7==0.0.82 && pip install scipy numba
-    python python_tests/pypop7_runs.py        # writes pypop7_runs.npz beside this file
+    python bench/pypop7_runs.py               # writes pypop7_runs.npz beside this file
 
 pypop7 asks for many more packages than its ENES imports, hence no dependencies.
 """
 
+from __future__ import annotations
+
 import math
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+
+__all__ = ["CASES", "DOCUMENTED", "case", "recorded", "rosenbrock", "trace"]
+
+Case = tuple[dict[str, Any], dict[str, Any]]  # problem and options
 
 FILE = pathlib.Path(__file__).with_suffix(".npz")
 DOCUMENTED = "documented example"
 PERIOD = 100  # candidates from the start of one kept group to that of the next
 
 
-def rosenbrock(x):
+def rosenbrock(x: np.ndarray) -> Any:
     """The function of the source's example; of one candidate, or of one in each row."""
     x = x.T
     return 100 * np.square(x[1:] - np.square(x[:-1])).sum(0) + np.square(x[:-1] - 1).sum(0)
 
 
-def valley(x):
+def valley(x: np.ndarray) -> Any:
     """A sum of squares with weights from 1 to 100."""
     return np.square(x) @ np.logspace(0, 2, x.shape[-1])
 
 
-def plain(x):
+def plain(x: np.ndarray) -> Any:
     """No gain that counts; flat would leave the order of equals to the sort."""
     return 1e-16 * valley(x)
 
 
-def case(fitness, d, evaluations, **options):
+def case(fitness: Callable[[np.ndarray], Any], d: int, evaluations: int, **options: Any) -> Case:
     """A problem and its options, as both implementations take them."""
     problem = {
         "fitness_function": fitness,
@@ -58,7 +66,7 @@ CASES = {
 }
 
 
-def trace(enes, name):
+def trace(enes: type, name: str) -> dict[str, np.ndarray]:
     """A run of a case: candidates that were evaluated, and what came of them, all as arrays.
 
     In every period of evaluations the first d + 1 candidates are kept: what they were drawn from
@@ -67,7 +75,7 @@ def trace(enes, name):
     problem, options = CASES[name]
     kept, count = [], 0
 
-    def fitness(x):
+    def fitness(x: np.ndarray) -> Any:
         nonlocal count
         if count % PERIOD <= problem["ndim_problem"]:
             kept.append(x.copy())
@@ -85,7 +93,7 @@ def trace(enes, name):
     }
 
 
-def recorded(name):
+def recorded(name: str) -> dict[str, np.ndarray]:
     """What pypop7 did when it was recorded."""
     with np.load(FILE) as file:
         return {key.partition("/")[2]: file[key] for key in file if key.startswith(f"{name}/")}
