@@ -157,8 +157,8 @@ def page(results: dict[str, Any]) -> Iterable[str]:
         f"{results['blas threads']}, {versions}.",
         "",
         f"Seconds of a search of {results['evaluations']} evaluations, 100 in a generation: best "
-        f"and median of {len(results['passes'])} passes. How many times faster ours is: the ratio of "
-        "the best, and the median of the ratios within a pass.",
+        f"and median of {len(results['passes'])} passes. How many times faster ours is: the ratio "
+        "of the best, and the median of the ratios within a pass.",
         "",
     )
     head = ["d", PYPOP7, BATCHED, "times faster", "target", "met", SINGLE, "times faster"]

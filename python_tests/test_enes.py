@@ -5,14 +5,16 @@ import itertools
 import math
 import pickle
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import enes as bench
 import numpy as np
 import pypop7_runs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evokernels.errors import FitnessError, SettingsError
+from evokernels.errors import BackendError, FitnessError, SettingsError
 from evokernels.search import ENES
 from evokernels.search.enes import Termination
 from evokernels.search.natural import natural_gradient, utilities
@@ -243,6 +245,14 @@ def test_states_do_not_change():
     assert_same(one, other)
     with pytest.raises(ValueError, match="read-only"):
         state.mean[0] = 1.0
+
+
+def test_searches_in_threads_do_not_meet():
+    def ends(seed):
+        return run(enes(seed_rng=seed, max_function_evaluations=600))[-1].best_x
+
+    with ThreadPoolExecutor(4) as threads:
+        np.testing.assert_equal(list(threads.map(ends, range(8))), [ends(k) for k in range(8)])
 
 
 @settings(max_examples=30, deadline=None)
@@ -503,3 +513,26 @@ def test_optimize_needs_a_function_and_an_end():
         enes(None).optimize()
     with pytest.raises(SettingsError, match="nothing would end the search"):
         enes(max_function_evaluations=math.inf).optimize()
+
+
+# The benchmark
+
+
+def test_the_benchmark_times_nobody_who_finds_something_else(monkeypatch):
+    monkeypatch.setattr(bench, "SHARE", 1e-9)
+    entrants = {name: (ENES, {"batched": True}) for name in (bench.PYPOP7, bench.BATCHED)}
+    assert all(seconds > 0 for seconds in bench.one_pass(entrants, 2, 500).values())
+    entrants[bench.BATCHED] = (ENES, {"batched": True, "lr_mean": 0.5})
+    with pytest.raises(BackendError, match="there is nothing to compare"):
+        bench.one_pass(entrants, 2, 500)
+
+
+def test_the_benchmark_compares_best_times_and_medians():
+    passes = [
+        {2: {bench.PYPOP7: 3.0, bench.BATCHED: 0.1, bench.SINGLE: 1.0}},
+        {2: {bench.PYPOP7: 2.0, bench.BATCHED: 0.2, bench.SINGLE: 2.0}},
+        {2: {bench.PYPOP7: 4.0, bench.BATCHED: 0.2, bench.SINGLE: 4.0}},
+    ]
+    assert bench.row(passes, 2) == [
+        *("2", "2, 3", "0.1, 0.2", "20.0, 20.0", "20", "yes", "1, 2", "2.0, 1.0"),
+    ]
