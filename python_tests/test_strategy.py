@@ -484,7 +484,7 @@ def test_a_fitness_returns_one_number(score, message):
 
 
 def test_a_score_may_be_a_tensor_that_is_used_again():
-    total = torch.zeros(1)
+    total = torch.zeros(1, dtype=torch.float64)
     scores = strategy_for(network()).ask(lambda _: total.add_(1))
     assert scores.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
 
