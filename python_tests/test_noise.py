@@ -4,6 +4,7 @@ import ctypes
 import math
 import pathlib
 import platform
+import re
 import subprocess
 
 import numpy as np
@@ -13,15 +14,36 @@ from cases import flat
 from cuda_on_host import built_for_host
 
 from evokernels.errors import BackendError
-from evokernels.kernels import native, noise, nvrtc
-from evokernels.kernels.cuda_source import with_included
+from evokernels.kernels import native, noise_backends, nvrtc
+from evokernels.kernels.cuda_source import noise_source, with_included
 from evokernels.kernels.noise import NOISE_BACKENDS, ModelNoise, NoisyTensor, select_noise
+from evokernels.kernels.noise_device import WORDS, CudaNoise, DeviceNoise
 from evokernels.kernels.normal import normal, normal_pair
 from evokernels.kernels.plan import ARITHMETIC
 from evokernels.kernels.rounding import philox
 
+
+class HostNoise(DeviceNoise):
+    """The kernels of a GPU compiled for the host, in fewer blocks than there are chunks."""
+
+    @staticmethod
+    def why_not(device, dtype):
+        return None if device.type == "cpu" else "it runs on the CPU"
+
+    def _launch(self, name, words, chunks):
+        block = np.array(words)
+        assert block.shape == (WORDS,)
+        kernel = getattr(built_for_host(noise_source()), name)
+        kernel(ctypes.c_void_p(block.ctypes.data), ctypes.c_int64(min(chunks, 3)))
+
+
+@pytest.fixture(autouse=True)
+def _device_on_host(monkeypatch):
+    monkeypatch.setitem(NOISE_BACKENDS, "on host", HostNoise)
+
+
 CSRC = pathlib.Path(__file__).parents[1] / "csrc"
-BACKENDS = list(NOISE_BACKENDS)
+BACKENDS = ["cpu", "eager", "on host"]
 DTYPES = list(ARITHMETIC)
 
 
@@ -152,6 +174,17 @@ def test_the_header_compiles_for_a_gpu_without_fused_arithmetic():
     assert "fma." not in ptx
 
 
+@pytest.mark.skipif(nvrtc.why_not() is not None, reason=str(nvrtc.why_not()))
+def test_the_kernels_compile_for_a_gpu():
+    compiled = nvrtc.compiled(noise_source(), 75)
+    for entry in ("evk_perturb", "evk_estimate"):
+        assert f"{entry}_param_0[{8 * WORDS}]" in compiled.ptx
+    assert "fma." not in compiled.ptx
+    spills = re.findall(r"(\d+) bytes spill", nvrtc.compiled(noise_source(), 75, nvrtc.VERBOSE).log)
+    assert spills
+    assert set(spills) == {"0"}
+
+
 def correlation(a, b):
     return float((a * b).mean())
 
@@ -239,16 +272,16 @@ def test_an_estimate_is_the_weighted_sum_of_the_noise(dtype):
         bound = [NoisyTensor(t, i) for i, t in enumerate(targets)]
         ModelNoise(bound, backend).estimate(5, 6, weights)
         results[backend] = targets
-    for i, pair in enumerate(zip(*results.values(), strict=True)):
-        drawn = [exact_noise(pair[0], i, k).double().flatten() for k in range(len(weights))]
+    for i, group in enumerate(zip(*results.values(), strict=True)):
+        drawn = [exact_noise(group[0], i, k).double().flatten() for k in range(len(weights))]
         exact = torch.tensor(
             [math.fsum(w * float(e) for w, e in zip(weights, at, strict=True))
              for at in zip(*drawn, strict=True)], dtype=torch.float64
-        ).view(pair[0].shape)  # fmt: skip
+        ).view(group[0].shape)  # fmt: skip
         tolerance = 1e-15 if dtype == torch.float64 else 0.51 * torch.finfo(dtype).eps
-        for target in pair:
+        for target in group:
             torch.testing.assert_close(target.double(), exact, rtol=tolerance, atol=1e-15)
-        assert torch.equal(*pair)
+            assert torch.equal(target, group[0])
 
 
 def test_memory_around_a_slice_is_left_alone():
@@ -280,23 +313,27 @@ def test_neither_threads_nor_chunks_change_a_bit(monkeypatch):
     try:
         expected = run("cpu", 1)
         assert all(same_bits(run("cpu", n), expected) for n in (2, 3, 7))
-        monkeypatch.setattr(noise, "_CHUNK", 1001)
+        monkeypatch.setattr(noise_backends, "_CHUNK", 1001)
         assert same_bits(run("eager", 1), expected)
+        assert same_bits(run("on host", 1), expected)
     finally:
         torch.set_num_threads(threads)
     assert expected.unique().numel() > 0.9 * len(expected)
 
 
-def test_the_choice_explains_itself():
+def test_the_choice_explains_itself(monkeypatch):
     cpu, other = torch.device("cpu"), torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert select_noise(cpu, torch.float32) == ("cpu", {})
-    assert select_noise(other, torch.float32) == (
-        "eager",
-        {"cpu": "it runs on the CPU, the tensors are on cuda:0"},
-    )
+    name, rejected = select_noise(other, torch.float32)
+    assert (name, list(rejected)) == ("eager", ["cpu", "cuda"])
+    assert rejected["cpu"] == "it runs on the CPU, the tensors are on cuda:0"
+    assert rejected["cuda"] == CudaNoise.why_not(other, torch.float32)
     with pytest.raises(BackendError, match="'cpu': it runs on the CPU, the tensors are on cuda:0"):
         select_noise(other, torch.float32, "cpu")
-    with pytest.raises(BackendError, match="unknown backend 'gpu'; use 'auto', 'cpu', 'eager'"):
+    with pytest.raises(
+        BackendError, match="unknown backend 'gpu'; use 'auto', 'cpu', 'cuda', 'eager'"
+    ):
         select_noise(cpu, torch.float32, "gpu")
     with pytest.raises(BackendError, match=r"are torch.complex64; they may be torch.float32, "):
         ModelNoise([NoisyTensor(torch.zeros(3, dtype=torch.complex64), 0)])
@@ -306,7 +343,10 @@ def test_the_choice_explains_itself():
 
 def test_where_the_library_is_missing_torch_takes_over(monkeypatch):
     monkeypatch.setattr(native, "why_not", lambda: "not built")
-    assert select_noise(torch.device("cpu"), torch.float32) == ("eager", {"cpu": "not built"})
+    assert select_noise(torch.device("cpu"), torch.float32) == (
+        "eager",
+        {"cpu": "not built", "cuda": "it runs on NVIDIA GPUs, the tensors are on cpu"},
+    )
 
 
 def test_words_come_from_philox_as_the_header_says():

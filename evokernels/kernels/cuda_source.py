@@ -6,10 +6,11 @@ import pathlib
 import re
 from collections.abc import Sequence
 
-from evokernels.compiler.render_cuda import render_cuda
+from evokernels.compiler.render_cuda import THREADS, render_cuda
 from evokernels.compiler.spelling import Kind
+from evokernels.compiler.words import DENSE
 
-__all__ = ["cuda_source", "with_included"]
+__all__ = ["cuda_source", "noise_source", "with_included"]
 
 CSRC = pathlib.Path(__file__).parent / "csrc"
 
@@ -22,6 +23,12 @@ def cuda_source(kinds: Sequence[Kind], words: int) -> str:
         words: that a launch can take.
     """
     return with_included(render_cuda(kinds, words), "kernel.cu", set())
+
+
+def noise_source() -> str:
+    """The source of the kernels of csrc/noise.cuh."""
+    text = f'#define EVK_THREADS {THREADS}\n#define EVK_DENSE ({DENSE})\n#include "noise.cuh"\n'
+    return with_included(text, "noise.cu", set())
 
 
 def with_included(text: str, name: str, known: set[str]) -> str:
