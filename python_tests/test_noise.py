@@ -284,6 +284,22 @@ def test_an_estimate_is_the_weighted_sum_of_the_noise(dtype):
             assert torch.equal(target, group[0])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "eager"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gpu_computes_the_same_bits(backend, dtype):
+    results = []
+    for device, name in (("cpu", "cpu"), ("cuda", backend)):
+        perturbed, estimated = ([t.to(device) for t in tensors_of(dtype, s)] for s in (1, 2))
+        centres = [t.to(device) for t in tensors_of(dtype)]
+        pairs = enumerate(zip(perturbed, centres, strict=True))
+        ModelNoise([NoisyTensor(t, i, c) for i, (t, c) in pairs], name).perturb(5, 6, 7, -0.03)
+        noisy = [NoisyTensor(t, i) for i, t in enumerate(estimated)]
+        ModelNoise(noisy, name).estimate(5, 6, [0.5, 0.0, -1.25, 1e-3, math.pi])
+        results.append([t.cpu() for t in (*perturbed, *estimated)])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
 def test_memory_around_a_slice_is_left_alone():
     guarded = torch.full((60, 50), 7.0)
     noisy = NoisyTensor(guarded[3:40, 7:36], 0, torch.zeros(37, 29))

@@ -252,6 +252,22 @@ def test_a_member_leaves_no_trace():
     assert all(buffer is buffers[name] for name, buffer in model.named_buffers())
 
 
+@pytest.mark.gpu
+def test_members_on_a_gpu_are_those_on_a_cpu():
+    models = [network(), network().to("cuda")]
+    here, there = map(strategy_for, models)
+    state = torch.cuda.get_rng_state()
+    with here.perturbed(3), there.perturbed(3):
+        assert torch.equal(*(flat(model.parameters()).cpu() for model in models))
+    drawn = there.ask(lambda _: torch.rand((), device="cuda"))
+    assert len(set(drawn)) == 1
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    for strategy in (here, there):
+        strategy.tell(range(8))
+    gradients = ([p.grad for p in model.parameters()] for model in models)
+    assert torch.equal(*(flat(each).cpu() for each in gradients))
+
+
 def test_all_members_find_the_same_random_numbers_and_generations_others():
     strategy = strategy_for(network())
     drawn = []
