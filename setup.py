@@ -46,7 +46,7 @@ native = Extension(
     sources=[
         f"csrc/{name}.c"
         for name in (
-            *("runtime", "staging", "random", "noise", "squares", "look"),
+            *("runtime", "staging", "random", "noise", "perturb", "squares", "look"),
             *("layers", "flatten", "norm", "convolution", "batches"),
         )
     ],

@@ -2,20 +2,51 @@
 
 #include "kernels.h"
 
-/* Box & Muller 1958: two uniform numbers become two normal ones. */
-static void normal_pair(uint32_t a, uint32_t b, float *values) {
-    const double u = ((a >> 9) + 0.5) * 0x1p-23, turn = (b >> 8) * 0x1p-24;
-    const double radius = sqrt(-2 * log(u)), angle = 6.283185307179586 * turn;
-    values[0] = (float)(radius * cos(angle));
-    values[1] = (float)(radius * sin(angle));
+/* Into each copy of its callers, to become vector code there. */
+#define INLINED static inline __attribute__((always_inline))
+
+/* Quarters that are worked on together, as vectors do: more of them keep the processor busy, fewer
+ * waste less where a tensor ends. */
+enum { LONG = 64, SHORT = 16 };
+
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* The elements of some quarters, each step for all of them before the next one. */
+INLINED void normal_run(float *restrict values, const evk_noise *noise, uint64_t quarter,
+                        int quarters) {
+    uint32_t words[4][LONG];
+    float normals[4][LONG];
+    for (int k = 0; k < quarters; ++k) {
+        const quad drawn = noise_words(noise, quarter + k);
+        for (int j = 0; j < 4; ++j) words[j][k] = drawn.words[j];
+    }
+    for (int j = 0; j < 4; j += 2)
+        for (int k = 0; k < quarters; ++k)
+            normal_pair(words[j][k], words[j + 1][k], &normals[j][k], &normals[j + 1][k]);
+    for (int k = 0; k < quarters; ++k)
+        for (int j = 0; j < 4; ++j) values[4 * k + j] = normals[j][k];
+}
+
+EVK_CLONES static void long_run(float *values, const evk_noise *noise, uint64_t quarter) {
+    normal_run(values, noise, quarter, LONG);
+}
+
+EVK_CLONES static void short_run(float *values, const evk_noise *noise, uint64_t quarter) {
+    normal_run(values, noise, quarter, SHORT);
 }
 
 void evk_normal(float *values, const evk_noise *noise, int64_t first, int64_t n) {
-    for (int64_t i = first; i < first + n;) {
-        const quad words = noise_words(noise, (uint64_t)i / 4);
-        float four[4];
-        normal_pair(words.words[0], words.words[1], four);
-        normal_pair(words.words[2], words.words[3], four + 2);
-        for (int64_t j = i % 4; j < 4 && i < first + n; ++j, ++i) values[i - first] = four[j];
+    while (n > 0) {
+        const uint64_t quarter = (uint64_t)first / 4;
+        int64_t run = 4 * LONG;
+        if (first % 4 == 0 && n >= run)
+            long_run(values, noise, quarter);
+        else {
+            float whole[4 * SHORT];
+            run = smaller(n, 4 * SHORT - first % 4);
+            short_run(whole, noise, quarter);
+            memcpy(values, whole + first % 4, run * sizeof(float));
+        }
+        values += run, first += run, n -= run;
     }
 }

@@ -9,6 +9,7 @@ __all__ = [
     "JournalError",
     "OptimizerError",
     "SettingsError",
+    "StrategyError",
     "WorkerError",
 ]
 
@@ -43,6 +44,10 @@ class JournalError(EvokernelsError, RuntimeError):
 
 class SettingsError(EvokernelsError, ValueError):
     """A setting of a search or of a run is out of its range."""
+
+
+class StrategyError(EvokernelsError, ValueError):
+    """An evolution strategy was given a model, an optimizer, options or scores it cannot use."""
 
 
 class WorkerError(EvokernelsError, RuntimeError):

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "compiler": {"genome", "errors", "numpy"},
     "kernels": {"compiler", "errors", "numpy", "torch", "triton", "cuda"},
     "optim": {"kernels", "compiler", "genome", "errors", "numpy", "torch"},
+    "es": {"optim", "kernels", "errors", "numpy", "torch"},
     "explain": {"kernels", "compiler", "genome", "errors", "torch"},
     "tasks": {"kernels", "errors", "numpy", "torch", "torchvision"},
     "search": {"genome", "errors", "zoo", "numpy"},
@@ -31,7 +32,7 @@ MAY_IMPORT = {
     # public names and nothing else, so nothing from outside
     PUBLIC: {
         *("errors", "genome", "zoo", "compiler", "kernels", "optim", "explain"),
-        *("tasks", "search", "evolution"),
+        *("es", "tasks", "search", "evolution"),
     },
 }
 
@@ -129,6 +130,7 @@ PLANTED = [
     ("evokernels.compiler.lower", False, "__import__('tor' + 'ch')"),
     ("evokernels.search.genetic", False, "from evokernels.optim import FusedEvolvedOptimizer"),
     ("evokernels.kernels.cpu", False, "from evokernels.genome import Genome"),
+    ("evokernels.es.strategy", False, "from evokernels import zoo"),
     ("evokernels.tasks.models", False, "from evokernels import evolution"),
     ("evokernels", True, "import torch"),
     ("evokernels.unheard_of", False, "import torch"),

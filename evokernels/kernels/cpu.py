@@ -12,14 +12,8 @@ import torch
 from evokernels.compiler.covers import find_cover
 from evokernels.compiler.program import Program
 from evokernels.compiler.render_c import STORED, cover_symbol
-from evokernels.errors import BackendError
 from evokernels.kernels import native
-from evokernels.kernels.memory import (
-    lies_densely,
-    memory_order,
-    overlaps_itself,
-    strided_rows,
-)
+from evokernels.kernels.memory import lies_densely, memory_order, overlaps_itself
 from evokernels.kernels.plan import (
     ARITHMETIC,
     BoundTensor,
@@ -44,11 +38,7 @@ class CpuBackend:
             return f"it runs on the CPU, the tensors are on {device}"
         if find_cover(program) is None:
             return "no kernel that was built with the package covers this rule"
-        try:
-            native.library()
-        except BackendError as error:
-            return str(error)
-        return None
+        return native.why_not()
 
     def kernel(self, program: Program, dtype: torch.dtype) -> str:
         """Name and instruction set."""
@@ -154,7 +144,7 @@ class CpuPlan:
                 continue
             check_gradient(bound, gradient, keys[i])
             dense = lies_densely(gradient, self._orders[i])
-            layout = None if dense else _Layout(gradient, self._orders[i])
+            layout = None if dense else native.LayoutTable(gradient, self._orders[i])
             record, kernels = self._records[i], self._kernels[i]
             self._layouts[i]["g"] = layout  # keeps the memory to which the record points
             record.layouts[native.OPERANDS["g"]] = layout and layout.pointer
@@ -192,17 +182,6 @@ class _Kernels:
         if stored not in STORED or stochastic or not dense:
             return cls(None, staged)
         return cls(native.kernel_address(_symbol(bound.program, dtype, *states)), staged)
-
-
-class _Layout:
-    """An evk_layout and the memory it points to."""
-
-    def __init__(self, tensor: torch.Tensor, order: Sequence[int]) -> None:
-        shape, strides = zip(*strided_rows(tensor, order), strict=True)
-        numbers = ctypes.c_int64 * len(shape)
-        self._memory = numbers(*shape), numbers(*strides)
-        addresses = [ctypes.cast(m, ctypes.POINTER(ctypes.c_int64)) for m in self._memory]
-        self.pointer = ctypes.pointer(native.Layout(len(shape), *addresses))
 
 
 class _NumbersTable:
@@ -254,10 +233,10 @@ def _record(bound: BoundTensor) -> native.TensorRecord:
     return record
 
 
-def _layouts(bound: BoundTensor, order: Sequence[int]) -> dict[str, _Layout | None]:
+def _layouts(bound: BoundTensor, order: Sequence[int]) -> dict[str, native.LayoutTable | None]:
     """Of parameter and moments, where they do not lie densely in the parameter's order."""
     return {
-        name: _Layout(tensor, order)
+        name: native.LayoutTable(tensor, order)
         for name, tensor in {"p": bound.parameter, **bound.moments}.items()
         if not lies_densely(tensor, order)
     }

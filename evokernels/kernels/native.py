@@ -5,15 +5,19 @@ from __future__ import annotations
 import ctypes
 import functools
 import pathlib
+from collections.abc import Sequence
 
 import torch  # first, so that the library shares torch's OpenMP runtime and threads
 
 from evokernels.errors import BackendError
+from evokernels.kernels.memory import strided_rows
 
 __all__ = [
     "FORMATS",
     "OPERANDS",
     "Layout",
+    "LayoutTable",
+    "NoisyRecord",
     "NumbersRecord",
     "Span",
     "TensorRecord",
@@ -22,6 +26,7 @@ __all__ = [
     "kernel_address",
     "library",
     "library_with_lock",
+    "why_not",
 ]
 
 PATH = pathlib.Path(__file__).with_name("libevokernels.so")
@@ -42,6 +47,21 @@ class Layout(ctypes.Structure):
         ("shape", ctypes.POINTER(ctypes.c_int64)),
         ("strides", ctypes.POINTER(ctypes.c_int64)),
     )
+
+
+class LayoutTable:
+    """An evk_layout and the memory it points to.
+
+    Args:
+        order: of dimensions, in which elements count.
+    """
+
+    def __init__(self, tensor: torch.Tensor, order: Sequence[int]) -> None:
+        shape, strides = zip(*strided_rows(tensor, order), strict=True)
+        numbers = ctypes.c_int64 * len(shape)
+        self._memory = numbers(*shape), numbers(*strides)
+        addresses = [ctypes.cast(m, ctypes.POINTER(ctypes.c_int64)) for m in self._memory]
+        self.pointer = ctypes.pointer(Layout(len(shape), *addresses))
 
 
 class TensorRecord(ctypes.Structure):
@@ -78,6 +98,20 @@ class Span(ctypes.Structure):
     )
 
 
+class NoisyRecord(ctypes.Structure):
+    """evk_noisy."""
+
+    _fields_ = (
+        ("target", ctypes.c_void_p),
+        ("centre", ctypes.c_void_p),
+        ("target_layout", ctypes.POINTER(Layout)),
+        ("centre_layout", ctypes.POINTER(Layout)),
+        ("elements", ctypes.c_int64),
+        ("format", ctypes.c_int32),
+        ("position", ctypes.c_uint32),
+    )
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The library; BackendError with the reason if it cannot be loaded."""
@@ -98,7 +132,10 @@ def library() -> ctypes.CDLL:
     native.evk_sum_of_squares.restype = ctypes.c_double
     native.evk_sum_of_squares.argtypes = (pointer, pointer, int64, int32)
     native.evk_instruction_set.restype = ctypes.c_char_p
+    uint32, uint64 = ctypes.c_uint32, ctypes.c_uint64
     others = {
+        "evk_perturb": (pointer, int64, uint64, uint32, uint32, ctypes.c_double, int32),
+        "evk_estimate": (pointer, int64, uint64, uint32, pointer, int64, int32),
         "evk_pool": (pointer, pointer, pointer, pointer, pointer, int32, int32),
         "evk_pool_backward": (*(pointer,) * 5, ctypes.c_float, int32, int32),
         "evk_convolve_pool": (*(pointer,) * 5, int32, int32),
@@ -120,6 +157,15 @@ def library() -> ctypes.CDLL:
     native.evk_convolution_room.restype = int64
     native.evk_convolution_room.argtypes = (pointer, int64, int32)
     return native
+
+
+def why_not() -> str | None:
+    """Why the library cannot be used here, None if it can."""
+    try:
+        library()
+    except BackendError as error:
+        return str(error)
+    return None
 
 
 @functools.cache

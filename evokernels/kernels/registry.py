@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -15,7 +17,9 @@ from evokernels.kernels.eager import EagerBackend
 from evokernels.kernels.plan import Backend
 from evokernels.kernels.triton import TritonBackend
 
-__all__ = ["BACKENDS", "Selection", "select"]
+__all__ = ["BACKENDS", "Selection", "choose", "select"]
+
+T = TypeVar("T")
 
 # In the order in which "auto" tries them.
 BACKENDS: dict[str, Backend | DeviceBackend] = {
@@ -43,14 +47,32 @@ def select(
     Raises:
         BackendError: unknown name, or the backend asked for cannot run there, with its reason.
     """
-    if backend != "auto" and backend not in BACKENDS:
+    chosen, rejected = choose(BACKENDS, lambda b: b.why_not(program, device, dtype), backend)
+    return Selection(chosen, rejected)
+
+
+def choose(
+    backends: Mapping[str, T], why_not: Callable[[T], str | None], backend: str
+) -> tuple[T, dict[str, str]]:
+    """The backend asked for, or for "auto" the first without a reason against it.
+
+    Args:
+        why_not: the reason why one cannot run, None if it can.
+
+    Returns:
+        The backend, and the reasons of those that were tried before it.
+
+    Raises:
+        BackendError: as `select` says.
+    """
+    if backend != "auto" and backend not in backends:
         raise BackendError(
-            f"unknown backend {backend!r}; use 'auto', {', '.join(map(repr, BACKENDS))}"
+            f"unknown backend {backend!r}; use 'auto', {', '.join(map(repr, backends))}"
         )
     rejected = {}
-    for name in BACKENDS if backend == "auto" else (backend,):
-        reason = BACKENDS[name].why_not(program, device, dtype)
+    for name in backends if backend == "auto" else (backend,):
+        reason = why_not(backends[name])
         if reason is None:
-            return Selection(BACKENDS[name], rejected)
+            return backends[name], rejected
         rejected[name] = reason
     raise BackendError("; ".join(f"backend {name!r}: {why}" for name, why in rejected.items()))

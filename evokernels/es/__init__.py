@@ -1,0 +1,5 @@
+"""Evolution strategies: any module trained without gradients, through any torch optimizer."""
+
+from evokernels.es.strategy import EvolutionStrategy
+
+__all__ = ["EvolutionStrategy"]
