@@ -3,6 +3,10 @@
 #include "kernels.h"
 #include "share.h"
 
+#ifdef EVK_DISPATCH
+#include <immintrin.h>
+#endif
+
 /* Samples lie side by side: each row of a block is one number of EVK_SAMPLES samples. What a block
  * needs on its way through the layers stays in the caches next to the core. */
 enum { LANES = 16, STRETCH = 16 * EVK_SAMPLES };
@@ -27,16 +31,16 @@ static int64_t rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / uni
 typedef void (*product)(const evk_dense *layer, const float *weight, const float *bias,
                         const float *x, float *y);
 
-/* Outputs whose sums are in registers together, and vectors of samples where it is one output;
- * inputs that meet all outputs before the next ones are fetched from farther caches. */
+/* Outputs whose sums are in registers together, and the most vectors of samples for each; inputs
+ * that meet all outputs before the next ones are fetched from farther caches. */
 enum { TILE = 4, ROW = 4, DEPTH = 64 };
 
 /* y (outputs, EVK_SAMPLES) of x (inputs, EVK_SAMPLES), relu included. Written for vectors of the
  * processor's own length: gcc takes longer ones apart, number by number. `columns` of them and
- * TILE outputs are as many sums as there are registers for. */
-#define PRODUCT(name, lanes, columns, TARGET)                                                  \
+ * TILE outputs are as many sums as there are registers for. `largest` is the larger one of a floor
+ * and a number, or the number where it is NaN. */
+#define PRODUCT(name, lanes, columns, largest, TARGET)                                         \
     typedef float vector_##name __attribute__((vector_size(4 * lanes)));                       \
-    typedef int32_t integers_##name __attribute__((vector_size(4 * lanes)));                   \
                                                                                                \
     /* Adds `depth` inputs to sums that begin with `bias`, or, where it is NULL, with y. */    \
     __attribute__((always_inline)) FUSED TARGET static inline void tile_##name(                \
@@ -53,44 +57,51 @@ enum { TILE = 4, ROW = 4, DEPTH = 64 };
                 _Pragma("GCC unroll 4") for (int o = 0; o < outputs; ++o)                      \
                     sums[o][v] += weight[o * inputs + i] * in;                                 \
             }                                                                                  \
-        const integers_##name low = (integers_##name)((vector_##name){0} + floor);             \
+        const vector_##name low = (vector_##name){0} + floor;                                  \
         _Pragma("GCC unroll 4") for (int o = 0; o < outputs; ++o)                              \
             _Pragma("GCC unroll 4") for (int v = 0; v < vectors; ++v) {                        \
-                const integers_##name below = sums[o][v] < floor; /* a NaN is not */           \
-                const integers_##name bits =                                                   \
-                    (below & low) | (~below & (integers_##name)sums[o][v]);                    \
-                memcpy(y + o * EVK_SAMPLES + v * lanes, &bits, sizeof bits);                   \
+                const vector_##name kept = largest(low, sums[o][v]);                           \
+                memcpy(y + o * EVK_SAMPLES + v * lanes, &kept, sizeof kept);                   \
             }                                                                                  \
     }                                                                                          \
                                                                                                \
     FUSED TARGET static void multiply_##name(const evk_dense *layer, const float *weight,      \
                                              const float *bias, const float *x, float *y) {    \
         const int64_t inputs = layer->inputs;                                                  \
-        int64_t i = 0;                                                                         \
-        do {                                                                                   \
+        for (int64_t i = 0; i == 0 || i < inputs; i += DEPTH) {                                \
             const int64_t depth = inputs - i < DEPTH ? inputs - i : DEPTH;                     \
             const int relu = layer->activation == EVK_RELU && i + depth == inputs;             \
             const float floor = relu ? 0.0f : -INFINITY;                                       \
-            int64_t o = 0;                                                                     \
-            for (; o + TILE <= layer->outputs; o += TILE)                                      \
-                for (int64_t s = 0; s < EVK_SAMPLES; s += columns * lanes)                     \
-                    tile_##name(TILE, columns, depth, inputs, weight + o * inputs + i,         \
-                                i ? 0 : bias + o, x + i * EVK_SAMPLES + s,                     \
-                                y + o * EVK_SAMPLES + s, floor);                               \
-            for (; o < layer->outputs; ++o)                                                    \
-                for (int64_t s = 0; s < EVK_SAMPLES; s += ROW * lanes)                         \
-                    tile_##name(1, ROW, depth, inputs, weight + o * inputs + i,                \
-                                i ? 0 : bias + o, x + i * EVK_SAMPLES + s,                     \
-                                y + o * EVK_SAMPLES + s, floor);                               \
-            i += depth;                                                                        \
-        } while (i < inputs);                                                                  \
+            for (int64_t o = 0; o < layer->outputs; o += TILE)                                 \
+                for (int64_t s = 0; s < EVK_SAMPLES; s += columns * lanes) {                   \
+                    const float *w = weight + o * inputs + i, *from = x + i * EVK_SAMPLES + s; \
+                    const float *start = i ? 0 : bias + o;                                     \
+                    float *to = y + o * EVK_SAMPLES + s;                                       \
+                    switch (layer->outputs - o) {                                              \
+                        case 1: ADD(name, 1, columns); break;                                  \
+                        case 2: ADD(name, 2, columns); break;                                  \
+                        case 3: ADD(name, 3, columns); break;                                  \
+                        default: ADD(name, TILE, columns);                                     \
+                    }                                                                          \
+                }                                                                              \
+        }                                                                                      \
     }
 
-PRODUCT(any, 4, 2, )
+#define ADD(name, outputs, vectors)                                                            \
+    tile_##name(outputs, vectors, depth, inputs, w, start, from, to, floor)
+
+typedef int32_t integers_any __attribute__((vector_size(16)));
+
+#define LARGER(low, x)                                                                         \
+    ((vector_any)(((integers_any)(low) & ((x) < (low))) |                                      \
+                  ((integers_any)(x) & ~((x) < (low)))))
+
+PRODUCT(any, 4, 2, LARGER, )
 
 #ifdef EVK_DISPATCH
-PRODUCT(v3, 8, 2, __attribute__((target("arch=x86-64-v3"))))
-PRODUCT(v4, 16, 4, __attribute__((target("arch=x86-64-v4"))))
+/* these give the second number where either is NaN */
+PRODUCT(v3, 8, 2, _mm256_max_ps, __attribute__((target("arch=x86-64-v3"))))
+PRODUCT(v4, 16, 4, _mm512_max_ps, __attribute__((target("arch=x86-64-v4"))))
 #endif
 
 static product product_here(void) {
@@ -207,6 +218,7 @@ typedef struct {
     float *room;
     double *sums;
     product multiply;
+    int64_t numbers, row; /* of a member, and of a layer's outputs: floats */
     int64_t stretches, slots;
 } scoring;
 
@@ -255,11 +267,10 @@ static void make_member(const scoring *t, int64_t member, float *numbers) {
 
 /* The loss of a block; `rows` is room for two layers' outputs. */
 static double block_loss(const scoring *t, const float *numbers, float *rows, int64_t block) {
-    const int64_t row = widest_row(t->layers, t->count);
     const float *x = t->samples->x + block * t->layers[0].inputs * EVK_SAMPLES;
     for (int64_t k = 0; k < t->count; ++k) {
         const evk_dense *layer = &t->layers[k];
-        float *y = rows + k % 2 * row;
+        float *y = rows + k % 2 * t->row;
         t->multiply(layer, numbers, numbers + layer->weight.elements, x, y);
         if (layer->activation == EVK_TANH) apply_tanh(y, layer->outputs * EVK_SAMPLES);
         if (layer->activation == EVK_SIGMOID) apply_sigmoid(y, layer->outputs * EVK_SAMPLES);
@@ -284,8 +295,8 @@ static void score_slots(const void *task, int64_t first, int64_t end) {
     const int64_t items = t->population->members * t->stretches;
     const int64_t blocks = (t->samples->samples + EVK_SAMPLES - 1) / EVK_SAMPLES;
     for (int64_t slot = first; slot < end; ++slot) {
-        float *numbers = t->room + slot * evk_perceptron_room(t->layers, t->count);
-        float *rows = numbers + numbers_in(t->layers, t->count);
+        float *numbers = t->room + slot * (t->numbers + 2 * t->row);
+        float *rows = numbers + t->numbers;
         int64_t made = -1;
         for (int64_t i = items * slot / t->slots; i < items * (slot + 1) / t->slots; ++i) {
             const int64_t member = i / t->stretches;
@@ -306,6 +317,7 @@ void evk_population_losses(const evk_dense *layers, int64_t count,
     const scoring task = {
         .layers = layers, .count = count, .population = population, .samples = samples,
         .room = room, .sums = sums, .multiply = product_here(),
+        .numbers = numbers_in(layers, count), .row = widest_row(layers, count),
         .stretches = stretches_of(samples), .slots = threads,
     };
     share_out(score_slots, &task, threads, threads);
