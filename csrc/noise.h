@@ -68,7 +68,11 @@ EVK_INLINE void normal_pair(uint32_t a, uint32_t b, float *first, float *second)
     *second *= radius;
 }
 
+#ifndef __CUDACC_RTC__
+
 /* Elements [first, first + n) of a tensor's noise. */
 void evk_normal(float *values, const evk_noise *noise, int64_t first, int64_t n);
+
+#endif
 
 #endif

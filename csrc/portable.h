@@ -6,6 +6,7 @@
 
 typedef unsigned short uint16_t;
 typedef unsigned int uint32_t;
+typedef int int32_t;
 typedef unsigned long long uint64_t;
 typedef long long int64_t;
 #define EVK_INLINE static __device__ __forceinline__

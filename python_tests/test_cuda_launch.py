@@ -2,6 +2,7 @@
 
 import ctypes
 import enum
+import functools
 import os
 import pathlib
 import re
@@ -21,9 +22,11 @@ from evokernels.compiler.lower import lower
 from evokernels.compiler.spelling import Kind
 from evokernels.compiler.structure import structure_of
 from evokernels.errors import BackendError
-from evokernels.kernels import cuda, nvrtc
+from evokernels.kernels import cuda, noise_device, nvrtc
 from evokernels.kernels.cuda import CudaBackend, capacity
 from evokernels.kernels.driver import Driver
+from evokernels.kernels.noise import NoisyTensor
+from evokernels.kernels.noise_device import WORDS, CudaNoise
 
 pytestmark = pytest.mark.skipif(nvrtc.why_not() is not None, reason=str(nvrtc.why_not()))
 
@@ -111,7 +114,8 @@ class FakeApi(types.SimpleNamespace):
         return (name.decode(),)
 
     def cuOccupancyMaxActiveBlocksPerMultiprocessor(self, function, threads, shared):
-        assert (function, threads, shared, bool(self.stack)) == ("evk_update", 256, 0, True)
+        assert (threads, shared, bool(self.stack)) == (256, 0, True)
+        assert function in ("evk_update", "evk_perturb")
         return (3,)
 
     def cuLaunchKernel(self, *arguments):
@@ -172,6 +176,25 @@ def test_loading(backend, api):
         ("cuCtxPopCurrent",),
     ]
     assert api.stack == []
+
+
+def test_noise_is_launched_with_its_words(backend, api, monkeypatch):
+    monkeypatch.setattr(noise_device, "driver", lambda: Driver(api))
+    for name in ("_module", "_resident"):  # nothing is kept beyond this test
+        monkeypatch.setattr(
+            noise_device, name, functools.cache(getattr(noise_device, name).__wrapped__)
+        )
+    api.words = WORDS
+    noise = CudaNoise([NoisyTensor(torch.zeros(2), 0, torch.ones(2)) for _ in range(300)])
+    noise._device = torch.device("cuda:1")  # its tables are still here
+    noise.perturb(2**64 - 1, 7, 8, -0.5)
+    noise.perturb(1, 2, 3, 0.5)
+    first, second = (words[3:].tolist() for words in api.launched)
+    assert first == [300, 300, 0, -1, 7, 8, int(np.float64(-0.5).view(np.int64))]
+    assert second == [300, 300, 0, 1, 2, 3, int(np.float64(0.5).view(np.int64))]
+    launches = [call[1:8] for call in api.calls if call[0] == "cuLaunchKernel"]
+    assert launches == [("evk_perturb", 120, 1, 1, 256, 1, 1)] * 2  # as many as are resident
+    assert api.names().count("cuModuleLoadData") == 1
 
 
 @pytest.mark.parametrize(("what", "name"), [("update", b"evk_update"), ("squares", b"evk_squares")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from evokernels.kernels.cuda_source import cuda_source
 from evokernels.kernels.device import DeviceBackend
 from evokernels.kernels.driver import Driver, driver
 
-__all__ = ["CudaBackend", "CudaKernel"]
+__all__ = ["CudaBackend", "CudaKernel", "CudaModule", "why_not"]
 
 # Words of 64 bits that a kernel takes as its parameter: 4 KB, and 32,764 bytes since CUDA 12.1
 # ("CUDA 12.1 Supports Large Kernel Parameters", NVIDIA 2023), on compute capability 7.0 and above.
@@ -47,33 +48,7 @@ class CudaBackend(DeviceBackend):
 
     def why_not(self, program: Program, device: torch.device, dtype: torch.dtype) -> str | None:
         """Other devices, or what is missing: bindings, compiler, a new enough driver or GPU."""
-        if device.type != "cuda":
-            return f"it runs on NVIDIA GPUs, the tensors are on {device}"
-        if torch.version.hip:
-            return f"this torch is built for AMD GPUs (ROCm {torch.version.hip}); use 'triton'"
-        if not torch.cuda.is_available():
-            return "torch finds no CUDA device"
-        reason = nvrtc.why_not()
-        if reason is not None:
-            return reason
-        capability = torch.cuda.get_device_capability(device)
-        name = f"{torch.cuda.get_device_name(device)}, compute capability {_dotted(capability)}"
-        if capability < (7, 0):
-            return f"it needs compute capability 7.0 or above, {device} is a {name}"
-        compiler, able = nvrtc.version(), driver().version()
-        if nvrtc.architecture_for(capability) is None:
-            known = nvrtc.architectures()
-            return (
-                f"NVRTC {_dotted(compiler)} compiles for compute capabilities "
-                f"{known[0] / 10} to {known[-1] / 10}, {device} is a {name}: install a torch and "
-                "cuda-bindings of a CUDA version that supports it"
-            )
-        if able[0] < compiler[0]:  # code of one major version runs on all drivers of that version
-            return (
-                f"the driver supports CUDA {_dotted(able)}, NVRTC is of CUDA {_dotted(compiler)}: "
-                f"update the driver, or install a torch and cuda-bindings for CUDA {able[0]}"
-            )
-        return None
+        return why_not(device)
 
     def kernel(self, program: Program, dtype: torch.dtype) -> str:
         """Structure, dtype and compiler."""
@@ -92,41 +67,72 @@ class CudaBackend(DeviceBackend):
             return self._kernels[key]
 
 
-class CudaKernel:
-    """A kernel on one device, as `DeviceKernel` says.
+def why_not(device: torch.device) -> str | None:
+    """Why kernels cannot be compiled for a device and launched there, None if they can."""
+    if device.type != "cuda":
+        return f"it runs on NVIDIA GPUs, the tensors are on {device}"
+    if torch.version.hip:
+        return f"this torch is built for AMD GPUs (ROCm {torch.version.hip}); use 'triton'"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    reason = nvrtc.why_not()
+    if reason is not None:
+        return reason
+    capability = torch.cuda.get_device_capability(device)
+    name = f"{torch.cuda.get_device_name(device)}, compute capability {_dotted(capability)}"
+    if capability < (7, 0):
+        return f"it needs compute capability 7.0 or above, {device} is a {name}"
+    compiler, able = nvrtc.version(), driver().version()
+    if nvrtc.architecture_for(capability) is None:
+        known = nvrtc.architectures()
+        return (
+            f"NVRTC {_dotted(compiler)} compiles for compute capabilities "
+            f"{known[0] / 10} to {known[-1] / 10}, {device} is a {name}: install a torch and "
+            "cuda-bindings of a CUDA version that supports it"
+        )
+    if able[0] < compiler[0]:  # code of one major version runs on all drivers of that version
+        return (
+            f"the driver supports CUDA {_dotted(able)}, NVRTC is of CUDA {_dotted(compiler)}: "
+            f"update the driver, or install a torch and cuda-bindings for CUDA {able[0]}"
+        )
+    return None
+
+
+class CudaModule:
+    """Compiled kernels on one device, each of which takes one block of words.
 
     Args:
+        source: of the kernels.
         words: that a launch hands over, those that were asked for or more.
         index: number of the device.
     """
 
-    def __init__(self, driver: Driver, kinds: tuple[Kind, ...], words: int, index: int) -> None:
+    def __init__(
+        self, driver: Driver, source: str, names: Sequence[str], words: int, index: int
+    ) -> None:
         capability = torch.cuda.get_device_capability(index)
-        code = nvrtc.cubin(cuda_source(kinds, words), nvrtc.architecture_for(capability))
+        code = nvrtc.cubin(source, nvrtc.architecture_for(capability))
         self._driver = driver
         self._context = driver.primary_context(index)
         module = driver.module(self._context, code)
-        self._update, self._squares = (
-            driver.function(self._context, module, name) for name in ("evk_update", "evk_squares")
-        )
-        at_a_time = driver.blocks_at_a_time(self._context, self._update, THREADS)
-        processors = torch.cuda.get_device_properties(index).multi_processor_count
-        self.resident = processors * at_a_time
+        self._functions = {name: driver.function(self._context, module, name) for name in names}
         self._index = index
         self._process = os.getpid()
         self._parameters = _Parameters(words)
         # what torch.cuda.current_stream(index).cuda_stream is, without the objects
         self._current_stream = torch._C._cuda_getCurrentRawStream
 
-    def update(self, words: np.ndarray, blocks: int) -> None:
-        """As `DeviceKernel` says."""
-        self._launch(self._update, words, blocks)
+    def blocks_at_a_time(self, name: str) -> int:
+        """How many blocks of a kernel the device can hold at a time."""
+        blocks = self._driver.blocks_at_a_time(self._context, self._functions[name], THREADS)
+        return blocks * torch.cuda.get_device_properties(self._index).multi_processor_count
 
-    def squares(self, words: np.ndarray, blocks: int) -> None:
-        """As `DeviceKernel` says."""
-        self._launch(self._squares, words, blocks)
+    def launch(self, name: str, words: np.ndarray, blocks: int) -> None:
+        """Launch a kernel on the current stream.
 
-    def _launch(self, function: object, words: np.ndarray, blocks: int) -> None:
+        Args:
+            words: int64; read before this returns.
+        """
         if os.getpid() != self._process:
             raise BackendError(
                 "a forked process cannot use CUDA, which its parent has begun to use: start "
@@ -137,8 +143,30 @@ class CudaKernel:
         parameters.words[: len(words)] = words
         stream = self._current_stream(self._index)
         self._driver.launch(
-            *(self._context, function, blocks, THREADS, stream, parameters.pointers)
+            *(self._context, self._functions[name], blocks, THREADS, stream, parameters.pointers)
         )
+
+
+class CudaKernel(CudaModule):
+    """A kernel on one device, as `DeviceKernel` says.
+
+    Args:
+        words: as of `CudaModule`.
+    """
+
+    def __init__(self, driver: Driver, kinds: tuple[Kind, ...], words: int, index: int) -> None:
+        super().__init__(
+            driver, cuda_source(kinds, words), ("evk_update", "evk_squares"), words, index
+        )
+        self.resident = self.blocks_at_a_time("evk_update")
+
+    def update(self, words: np.ndarray, blocks: int) -> None:
+        """As `DeviceKernel` says."""
+        self.launch("evk_update", words, blocks)
+
+    def squares(self, words: np.ndarray, blocks: int) -> None:
+        """As `DeviceKernel` says."""
+        self.launch("evk_squares", words, blocks)
 
 
 class _Parameters(threading.local):

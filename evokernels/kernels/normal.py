@@ -6,7 +6,7 @@ import torch
 
 from evokernels.kernels.rounding import philox
 
-__all__ = ["normal"]
+__all__ = ["normal", "normal_pair"]
 
 # Coefficients of csrc/noise.h, highest power first.
 _LOGARITHM = (
@@ -43,11 +43,11 @@ def normal(
         zeros + generation,
     )
     a, b, c, d = philox(counter, seed)
-    pairs = [*_normal_pair(a, b), *_normal_pair(c, d)]
+    pairs = [*normal_pair(a, b), *normal_pair(c, d)]
     return torch.stack(pairs, dim=-1).flatten()[skipped : skipped + count]
 
 
-def _normal_pair(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def normal_pair(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Box & Muller 1958, of words in int64."""
     radius = _radius(a)
     x, y = _direction(b)
