@@ -47,7 +47,7 @@ native = Extension(
         f"csrc/{name}.c"
         for name in (
             *("runtime", "staging", "random", "noise", "perturb", "squares", "look"),
-            *("layers", "flatten", "norm", "convolution", "batches"),
+            *("layers", "flatten", "norm", "convolution", "batches", "perceptron"),
         )
     ],
     depends=sorted(glob.glob("csrc/*.h") + glob.glob("evokernels/compiler/*.py")),

@@ -106,9 +106,14 @@ def worker_count(options: argparse.Namespace, threads: int, device: str) -> int:
 
 
 class Bar:
-    """Progress with the time left; shows up with the first `show`, and also in a log file."""
+    """Progress with the time left; shows up with the first `show`, and also in a log file.
 
-    def __init__(self) -> None:
+    Args:
+        unit: what is counted: training runs, if nothing else.
+    """
+
+    def __init__(self, unit: str = "run") -> None:
+        self._unit = unit
         self._bar: tqdm | None = None
 
     def __enter__(self) -> Bar:
@@ -119,13 +124,13 @@ class Bar:
             self._bar.close()
 
     def show(self, done: int, expected: int, note: str) -> None:
-        """Training runs made and expected in all, and what is being done."""
+        """Units done and expected in all, and what is being done."""
         if self._bar is None:
             self._bar = tqdm(
                 desc=note,
                 initial=done,
                 total=expected,
-                unit="run",
+                unit=self._unit,
                 dynamic_ncols=True,
                 mininterval=0.1 if sys.stderr.isatty() else 10.0,
             )

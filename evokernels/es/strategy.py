@@ -132,6 +132,11 @@ class EvolutionStrategy:
             self._place(centre, member)
             yield self.model
 
+    def noises(self) -> list[tuple[int, float]]:
+        """The noise of each member of this generation: its number, and what it is multiplied by."""
+        self._check_not_away("say how members differ from it")
+        return [self._noise_of(member) for member in range(self.population)]
+
     def tell(self, scores: Sequence[float] | np.ndarray | torch.Tensor) -> None:
         """One step of the optimizer by the scores of all members; the next generation begins.
 
@@ -199,9 +204,12 @@ class EvolutionStrategy:
             finally:
                 self._away = False
 
-    def _place(self, centre: Centre, member: int) -> None:
+    def _noise_of(self, member: int) -> tuple[int, float]:
         drawn, sign = (member // 2, 1 - 2 * (member % 2)) if self.antithetic else (member, 1)
-        centre.place(self.seed, self.generation, drawn, sign * self.sigma)
+        return drawn, sign * self.sigma
+
+    def _place(self, centre: Centre, member: int) -> None:
+        centre.place(self.seed, self.generation, *self._noise_of(member))
 
     def _bound(
         self, targets: Sequence[torch.Tensor], parameters: dict[int, torch.nn.Parameter]

@@ -136,6 +136,7 @@ def library() -> ctypes.CDLL:
     others = {
         "evk_perturb": (pointer, int64, uint64, uint32, uint32, ctypes.c_double, int32),
         "evk_estimate": (pointer, int64, uint64, uint32, pointer, int64, int32),
+        "evk_population_losses": (*(pointer, int64), *(pointer,) * 5, int32),
         "evk_pool": (pointer, pointer, pointer, pointer, pointer, int32, int32),
         "evk_pool_backward": (*(pointer,) * 5, ctypes.c_float, int32, int32),
         "evk_convolve_pool": (*(pointer,) * 5, int32, int32),
@@ -152,6 +153,9 @@ def library() -> ctypes.CDLL:
     for name, arguments in others.items():
         function = getattr(native, name)
         function.restype, function.argtypes = None, arguments
+    native.evk_perceptron_room.restype = native.evk_perceptron_sums.restype = int64
+    native.evk_perceptron_room.argtypes = (pointer, int64)
+    native.evk_perceptron_sums.argtypes = (pointer, pointer)
     native.evk_has_convolution_weights.restype = int32
     native.evk_has_convolution_weights.argtypes = ()
     native.evk_convolution_room.restype = int64

@@ -1,0 +1,142 @@
+"""Networks trained without gradients, by evolution strategies.
+
+    python bench/es.py curve     # y = 2x^2 + 5 by a 1-10-10-1 network: the source document's task
+    python bench/es.py images    # a 784-32-10 network on the embedded Fashion-MNIST images
+    python bench/es.py speed     # an iteration: the source's program, torch.bmm, ours
+
+The first two train with each update in turn and write a CSV and a picture; run again with the same
+options they resume, or show the result of a training that is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+
+from commandline import Bar, exit_code, markdown, positive
+from es_examples import EXAMPLES, Example, Row, Settings, train
+from es_speed import speed_table
+
+from evokernels.evolution.files import csv_text, make_folder, write_atomically
+
+# option, type, meaning
+SETTINGS = (
+    ("iterations", positive, "generations"),
+    ("population", positive, "members of a generation"),
+    ("sigma", float, "standard deviation of the noise"),
+    ("samples", positive, "samples that score the members of a generation"),
+    ("every", positive, "iterations from one row of the CSV to the next"),
+    ("seed", int, "of the first weights, the noise and the samples"),
+)
+
+Curves = Mapping[str, Sequence[Row]]
+
+
+def main() -> int:
+    """The command; its exit code."""
+    options = parse(sys.argv[1:])
+    return exit_code(lambda: options.run(options), "the same command resumes a training")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options, and in ``run`` what to do with them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True)
+    for name, example in EXAMPLES.items():
+        command = commands.add_parser(name, help=example.__doc__)
+        for option, kind, meaning in SETTINGS:
+            default = getattr(example.defaults, option)
+            command.add_argument(
+                f"--{option}", type=kind, default=default, help=f"{meaning} ({default:,})"
+            )
+        command.add_argument(
+            "--updates",
+            nargs="+",
+            choices=example.updates,
+            default=list(example.updates),
+            metavar="UPDATE",
+            help=f"who takes the step, of {', '.join(map(repr, example.updates))} (all)",
+        )
+        command.add_argument(
+            "--out",
+            type=pathlib.Path,
+            default=pathlib.Path("runs") / f"es_{name}",
+            metavar="DIR",
+            help=f"folder for {name}.csv, {name}.png and the state (runs/es_{name})",
+        )
+        command.set_defaults(run=learn, example=name)
+    command = commands.add_parser("speed", help="time one iteration, in turns")
+    command.add_argument("--passes", type=positive, default=20, help="iterations of each (20)")
+    command.set_defaults(run=lambda options: print("\n".join(speed_table(options.passes))))
+    return parser.parse_args(arguments)
+
+
+def learn(options: argparse.Namespace) -> None:
+    """Train with every update, write the CSV and the picture, print what came of it."""
+    make_folder(options.out)
+    fields = dataclasses.fields(Settings)
+    settings = Settings(**{field.name: getattr(options, field.name) for field in fields})
+    example = EXAMPLES[options.example](settings)
+    curves = {}
+    with Bar("iteration") as bar:
+        for place, update in enumerate(options.updates):
+
+            def show(done: int, value: float, place: int = place, update: str = update) -> None:
+                total = len(options.updates) * settings.iterations
+                bar.show(place * settings.iterations + done, total, f"{update} {value:.3g}")
+
+            path = options.out / f"{update.replace(' ', '_')}.pt"
+            curves[update] = train(example, update, settings, path, show)
+    rows = ((update, *row) for update, curve in curves.items() for row in curve)
+    table = csv_text(["update", "iteration", "evaluations", example.quantity], rows)
+    write_atomically(options.out / f"{options.example}.csv", table.encode())
+    draw(options.out / f"{options.example}.png", example, curves)
+    print("\n".join(result(example, curves)))
+
+
+def result(example: Example, curves: Curves) -> Iterator[str]:
+    """The last value of each update, and when it reached the target."""
+    head = ["update", example.quantity, "evaluations", f"evaluations to {example.target}"]
+    rows = []
+    for update, curve in curves.items():
+        last = curve[-1]
+        there = (row.evaluations for row in curve if example.target and row.value <= example.target)
+        first = next(there, None)
+        rows.append(
+            [
+                *(update, f"{last.value:.4g}", f"{last.evaluations:,}"),
+                "—" if first is None else f"{first:,}",
+            ]
+        )
+    columns = slice(None if example.target else -1)
+    yield from markdown(head[columns], (row[columns] for row in rows))
+
+
+def draw(path: pathlib.Path, example: Example, curves: Curves) -> None:
+    """The quantity over evaluations; one with a target to fall to has logarithmic axes."""
+    from matplotlib.figure import Figure  # here: it takes half a second, which --help would pay
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for update, curve in curves.items():
+        axes.plot([r.evaluations for r in curve], [r.value for r in curve], label=update, lw=1)
+    if example.target:
+        axes.loglog()
+        axes.axhline(example.target, color="black", lw=0.8, ls="--", label="target")
+    axes.set_xlabel("evaluations (members scored)")
+    axes.set_ylabel(example.quantity)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    write_atomically(path, image.getvalue())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
