@@ -4,6 +4,7 @@ __all__ = [
     "BackendError",
     "DatasetError",
     "EvokernelsError",
+    "FitnessError",
     "GenomeError",
     "JournalError",
     "OptimizerError",
@@ -30,6 +31,10 @@ class BackendError(EvokernelsError, RuntimeError):
 
 class DatasetError(EvokernelsError, RuntimeError):
     """A data set is missing, unreadable or not of the documented form."""
+
+
+class FitnessError(EvokernelsError, ValueError):
+    """A search was told something else than one number for each candidate."""
 
 
 class JournalError(EvokernelsError, RuntimeError):
