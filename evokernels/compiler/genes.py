@@ -59,6 +59,6 @@ def _form(genome: Genome, place: int) -> Linear:
 
 
 def _independent(forms: list[Linear]) -> bool:
-    columns = sorted({(atom, product) for form in forms for atom in form for product in form[atom]})
+    columns = {(atom, product) for form in forms for atom in form for product in form[atom]}
     table = [[form.get(atom, {}).get(product, 0.0) for atom, product in columns] for form in forms]
     return int(np.linalg.matrix_rank(np.array(table))) == len(forms)
