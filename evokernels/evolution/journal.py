@@ -151,8 +151,7 @@ class Journal:
             JournalError: it has recorded others.
         """
         rows = {
-            place: (score.fitness, score.status.value)
-            for place, score in enumerate(scores, first)
+            place: (score.fitness, score.status.value) for place, score in enumerate(scores, first)
         }
         with _clear_errors(self.path):
             recorded = {

@@ -99,9 +99,7 @@ class Rounds:
         It must be the last that was run. They are raced against its genomes, whose seeds they have,
         and change nothing for the next generation's race.
         """
-        return self._end(
-            number, first, self._evaluate(number, first, genomes, still_to_come, note)
-        )
+        return self._end(number, first, self._evaluate(number, first, genomes, still_to_come, note))
 
     def _evaluate(
         self, number: int, first: int, genomes: Sequence[Genome], still_to_come: int, note: str

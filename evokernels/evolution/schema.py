@@ -138,7 +138,8 @@ CREATE VIEW cost_ledger AS
             GROUP BY rule
         ),
         refinement AS (
-            SELECT 'refinement' AS rule, count(*) AS runs, total(evaluation.steps) AS taken, 0 AS saved
+            SELECT
+                'refinement' AS rule, count(*) AS runs, total(evaluation.steps) AS taken, 0 AS saved
             FROM evaluation, planned
             WHERE purpose = 'search' AND place >= population
             HAVING count(*) > 0
