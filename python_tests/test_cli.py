@@ -81,6 +81,7 @@ HONEST = {"validation_samples": 5000, "hurdle": True, "race": True, "finalists":
         (["--no-race", "--no-hurdle"], {**HONEST, "race": False, "hurdle": False}),
         (["--parity", "--race"], {"race": True}),
         (["--rotate-seeds", "--plateau", "5"], {**HONEST, "rotate_seeds": True, "plateau": 5}),
+        (["--refine", "40"], {**HONEST, "refine": 40}),
         (["--precision", "bfloat16"], {**HONEST, "precision": "bfloat16"}),
     ],
 )

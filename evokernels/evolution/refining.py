@@ -120,7 +120,7 @@ class Refiner:
 def best_of_structures(
     genomes: Sequence[Genome], results: Sequence[Result]
 ) -> list[tuple[Genome, Result]]:
-    """The genomes to refine: the best of the generation, of each structure one, none that failed."""
+    """The genomes to refine: the best of a generation, one of each structure, none that failed."""
     chosen: dict[Program, tuple[Genome, Result]] = {}
     entries = zip(genomes, results, strict=True)
     for genome, result in sorted(entries, key=lambda entry: entry[1].score.rank, reverse=True):
