@@ -88,15 +88,12 @@ class Measured:
 def run(options: argparse.Namespace) -> None:
     """Both variants for each run seed, then the table."""
     refining, plain = [], []
-    with Bar() as bar:
-        for seed in options.run_seeds:
-            settings = chosen_settings(options, seed)
-            folder = options.out / f"seed {seed}"
-            result = evolution(options, settings, folder / "refining", bar)
-            refining.append(measured(options, result))
-            longer = equally_costly(settings, result)
-            result = evolution(options, longer, folder / "plain", bar)
-            plain.append(measured(options, result))
+    for seed in options.run_seeds:
+        settings = chosen_settings(options, seed)
+        result = evolution(options, settings, f"refining {seed}")
+        refining.append(measured(options, result))
+        result = evolution(options, equally_costly(settings, result), f"plain {seed}")
+        plain.append(measured(options, result))
     print("\n".join(table(options, refining, plain)))
 
 
@@ -116,8 +113,8 @@ def chosen_settings(options: argparse.Namespace, seed: int) -> RunSettings:
 
 
 def equally_costly(settings: RunSettings, result: RunResult) -> RunSettings:
-    """The settings without refinement and with generations for as many training runs, or a few
-    more: what a generation costs is known from the refining run."""
+    """The settings without refinement, and with generations for as many training runs, to within
+    one of them: what they cost is seen in the refining run, the first apart, which has no elites."""
     usual = statistics.fmean(entry.evaluations for entry in result.history[1:])
     extra = math.ceil(sum(entry.refining for entry in result.history) / usual)
     generations = settings.search.generations + extra
@@ -125,20 +122,18 @@ def equally_costly(settings: RunSettings, result: RunResult) -> RunSettings:
     return dataclasses.replace(settings, search=search, refine=0)
 
 
-def evolution(
-    options: argparse.Namespace, settings: RunSettings, folder: pathlib.Path, bar: Bar
-) -> RunResult:
-    """Made, or looked up."""
-    label = "refining" if settings.refine else "plain"
-    return run_evolution(
-        settings,
-        folder,
-        data_dir=options.data_dir,
-        workers=worker_count(options, settings.threads, settings.device),
-        time_limit=options.time_limit,
-        executor=Landscape() if options.landscape else None,
-        on_progress=lambda done, expected, note: bar.show(done, expected, f"{label}, {note}"),
-    )
+def evolution(options: argparse.Namespace, settings: RunSettings, name: str) -> RunResult:
+    """Made, or looked up, in a folder of that name."""
+    with Bar() as bar:
+        return run_evolution(
+            settings,
+            options.out / name,
+            data_dir=options.data_dir,
+            workers=worker_count(options, settings.threads, settings.device),
+            time_limit=options.time_limit,
+            executor=Landscape() if options.landscape else None,
+            on_progress=lambda done, expected, note: bar.show(done, expected, f"{name}, {note}"),
+        )
 
 
 def measured(options: argparse.Namespace, result: RunResult) -> Measured:

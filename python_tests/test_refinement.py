@@ -20,15 +20,16 @@ from evokernels.compiler.genes import independent_terms, numbers_read
 from evokernels.compiler.lower import RATE, lower
 from evokernels.errors import JournalError, SettingsError
 from evokernels.evolution import journal, pool, report
+from evokernels.evolution.history import Result
 from evokernels.evolution.journal import JOURNAL
 from evokernels.evolution.ledger import ledger_line
-from evokernels.evolution.refining import coordinates_of
+from evokernels.evolution.refining import Refiner, coordinates_of
 from evokernels.evolution.run import evolve
 from evokernels.evolution.settings import RunSettings
 from evokernels.evolution.trial import Conditions, Outcome, Purpose
 from evokernels.genome import Genome
 from evokernels.search.coordinates import Coordinates
-from evokernels.search.genetic import GeneticConfig, GeneticSearch
+from evokernels.search.genetic import GeneticConfig, GeneticSearch, Scored
 from evokernels.search.operators import NUMERIC, RATES, crossover, random_genome
 from evokernels.search.refinement import Refinement, generation_size
 from evokernels.search.score import Score, Status
@@ -363,7 +364,9 @@ def test_a_generation_is_refined_before_it_is_told(training, tmp_path):
     assert calls[-1][0] == calls[-1][1] == len(training.trials)
     assert "generation 1/4, refining" in {note for _, _, note in calls}
     planned = 4 * (8 + 3 * 6 + 2 * 15) + 3 * 3 * 2 + 3 * 3 * 2
-    assert calls[0][1] == planned
+    expected = [total for _, total, _ in calls]
+    assert expected[0] == planned
+    assert expected == sorted(expected, reverse=True)  # less where something need not be trained
 
 
 @pytest.fixture
@@ -412,6 +415,58 @@ def test_the_best_candidate_joins_if_it_is_better_on_the_same_seeds(
         best = max([origin, *candidates], key=paired.get)
         assert bool(candidates) <= (number in REFINED_GENERATIONS)
         assert keys == [best] * (paired[best] > paired[origin])
+
+
+@pytest.mark.parametrize(
+    ("origin", "candidates", "joins"),
+    [
+        ((0.9, 0.5), [(0.6, 0.6), (0.7, 0.7)], 1),
+        ((0.5, 0.9), [(0.6, 0.6), (0.7, 0.7)], None),
+        ((0.5, 0.5), [(0.5, 0.5), (0.5, 0.5)], None),
+        ((0.5, 0.5), [(0.6, 0.6), (0.99, None)], 0),
+        ((0.5, 0.5), [(0.99, None), (0.98, None)], None),
+    ],
+)
+def test_scores_on_the_same_seeds_decide_not_those_that_are_told(origin, candidates, joins):
+    """Each pair is the score that is told and the one on the seeds of the generation, if any."""
+
+    def result(told, paired):
+        return Result({}, Score(told), None if paired is None else Score(paired), (), ())
+
+    class FakeRounds:
+        tried = ()
+
+        def run_beside(self, number, first, genomes, still_to_come, note):
+            self.tried += tuple(genomes)
+            return [result(*candidates[place % 2]) for place in range(len(genomes))]
+
+    rounds = FakeRounds()
+    refined = Refiner(SETTINGS, rounds).run(3, [zoo.adam], [result(*origin)], 0, "")
+    assert len(rounds.tried) == 15
+    expected = [] if joins is None else [Scored(rounds.tried[joins], Score(candidates[joins][0]))]
+    assert list(refined.better) == expected
+
+
+def test_a_genome_that_stayed_is_compared_by_its_new_seeds_alone(training, tmp_path, monkeypatch):
+    settings = dataclasses.replace(SETTINGS, rotate_seeds=True)
+    run, stayed = Refiner.run, 0
+
+    def checked(refiner, number, genomes, results, *rest):
+        nonlocal stayed
+        for genome, result in zip(genomes, results, strict=True):
+            rows = query(
+                tmp_path,
+                "SELECT avg(fitness) FROM evaluation WHERE key = ? AND seed IN (?, ?)",
+                *(canonical_key(genome), *settings.training_seeds(number)),
+            )
+            if result.paired is not None:
+                assert result.paired.fitness == pytest.approx(rows[0][0])
+                stayed += result.paired != result.score
+        return run(refiner, number, genomes, results, *rest)
+
+    monkeypatch.setattr(Refiner, "run", checked)
+    evolve(settings, tmp_path)
+    assert stayed >= 3
 
 
 def test_a_refined_genome_can_win(training, tmp_path):
@@ -537,7 +592,7 @@ def test_the_comparison_at_equal_costs_resumes(tmp_path, monkeypatch, capsys):
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
     refining, plain = (
-        [len(query(tmp_path / f"seed {seed}" / name, SEARCHED)) for seed in (1, 2)]
+        [len(query(tmp_path / f"{name} {seed}", SEARCHED)) for seed in (1, 2)]
         for name in ("refining", "plain")
     )
     for ours, theirs in zip(refining, plain, strict=True):

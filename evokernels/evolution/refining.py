@@ -96,8 +96,9 @@ class Refiner:
         self, number: int, first: int, origin: Genome, still_to_come: int, note: str
     ) -> list[tuple[Genome, Result]]:
         """What became of all candidates for ``origin``, which are at places from ``first`` on."""
-        name = f"evokernels refinement {self._settings.search.seed} place {number} {first}"
-        seed = random.Random(name).getrandbits(63)
+        run_seed = self._settings.search.seed
+        stream = f"evokernels refinement {run_seed} generation {number} place {first}"
+        seed = random.Random(stream).getrandbits(63)
         refinement = Refinement(coordinates_of(origin), self._settings.refine, seed)
         state = refinement.start()
         tried: list[tuple[Genome, Result]] = []
