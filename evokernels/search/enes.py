@@ -1,4 +1,4 @@
-"""Exact Natural Evolution Strategy: a Gaussian search distribution that follows its natural gradient.
+"""Exact Natural Evolution Strategy: a Gaussian that follows its natural gradient.
 
     enes = ENES(
         {"fitness_function": rosenbrock, "ndim_problem": 2,
@@ -11,15 +11,15 @@
     while len(candidates := enes.ask(state)):
         state = enes.tell(state, [fitness(x) for x in candidates])
 
-Yi, Wierstra, Schaul & Schmidhuber 2009, "Stochastic search using the natural gradient"; Schaul 2011,
-"Studies in continuous black-box optimization"; Wierstra et al. 2014, "Natural evolution
+Yi, Wierstra, Schaul & Schmidhuber 2009, "Stochastic search using the natural gradient"; Schaul
+2011, "Studies in continuous black-box optimization"; Wierstra et al. 2014, "Natural evolution
 strategies". `natural` has the equations. Keys, defaults, random numbers and restarts are those of
 ``pypop7.optimizers.nes.enes.ENES``: the same options find the same candidates.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import enum
 import math
 import time
@@ -30,11 +30,9 @@ import numpy as np
 
 from evokernels.errors import FitnessError, SettingsError
 from evokernels.search.enes_settings import read_settings
-from evokernels.search.natural import natural_gradient, utilities
+from evokernels.search.enes_state import State, first_state, next_state
 
 __all__ = ["ENES", "State", "Termination"]
-
-STAGNANT = 1e-12  # a run that gains less than this in a window of generations is over
 
 
 class Termination(enum.IntEnum):
@@ -46,52 +44,12 @@ class Termination(enum.IntEnum):
     EARLY_STOPPING = 4  # the distribution has left the range of float64
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class State:
-    """Where a search stands; equal beginnings told equal values make equal states.
-
-    A search goes on from a state that was pickled, or from ``State(**mapping)`` of its
-    `dataclasses.asdict`. Arrays are float64 and read-only.
-
-    Attributes:
-        mean: (d,) of the search distribution.
-        a: (d, d) upper triangular factor of its covariance aᵀa.
-        z: (n, d) standard normal numbers that the candidates were made of.
-        candidates: (n, d), to be scored next; n = 0 at the end, and less than ``n_individuals``
-            where the budget ends within a generation.
-        n_individuals: candidates in a full generation; doubles with every restart.
-        n_evaluations: values told.
-        generation: of this run, counted from 0: the updates of its distribution.
-        best_x: (d,) best candidate ever told, None before there is one.
-        best_y: its fitness, inf before there is one.
-        bests: best fitness of this run after each of its last generations.
-        initial_mean: (d,) that this run started from.
-        runs: of each run before this one, its generations and where it started from.
-        placing: state of the generator that draws the means of new runs.
-        sampling: state of the generator that draws z.
-    """
-
-    mean: np.ndarray
-    a: np.ndarray
-    z: np.ndarray
-    candidates: np.ndarray
-    n_individuals: int
-    n_evaluations: int
-    generation: int
-    best_x: np.ndarray | None
-    best_y: float
-    bests: tuple[float, ...]
-    initial_mean: np.ndarray
-    runs: tuple[tuple[int, np.ndarray], ...]
-    placing: Mapping[str, Any]
-    sampling: Mapping[str, Any]
-
-
 class ENES:
     """Minimise a function of d real numbers, by `optimize` or by `ask` and `tell`.
 
     A fitness that is not finite (NaN, inf, -inf) ranks worst: it has no share in an update and is
-    never the best. Candidates may lie outside the boundaries, which only say where means are drawn.
+    never the best. Of equals the earlier ranks better. Candidates may lie outside the boundaries,
+    which only say where means are drawn.
 
     Args:
         problem: with the keys
@@ -126,30 +84,10 @@ class ENES:
 
     def __init__(self, problem: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         self.settings = read_settings(problem, options)
-        d, n = self.settings.dimensions, self.settings.individuals
-        self._window = 10 + math.ceil(30 * d / n)
 
     def start(self) -> State:
         """The first generation, not yet scored."""
-        seeds = np.random.default_rng(self.settings.seed).integers(np.iinfo(np.int64).max, size=2)
-        placing, sampling = (np.random.PCG64(int(seed)).state for seed in seeds)
-        mean = self.settings.mean
-        if mean is None:
-            mean, placing = self._place(placing)
-        return self._state(
-            mean=mean,
-            a=np.eye(self.settings.dimensions),
-            n_individuals=self.settings.individuals,
-            n_evaluations=0,
-            generation=0,
-            best_x=None,
-            best_y=math.inf,
-            bests=(),
-            initial_mean=mean,
-            runs=(),
-            placing=placing,
-            sampling=sampling,
-        )
+        return first_state(self.settings)
 
     def ask(self, state: State) -> np.ndarray:
         """The candidates to evaluate, (n, d) float64, the caller's own; n = 0 when all is over."""
@@ -161,7 +99,10 @@ class ENES:
         Raises:
             FitnessError: not one number for each candidate, or the search is over.
         """
-        return self._tell(state, _numbers(fitness, len(state.candidates)))
+        expected = len(state.candidates)
+        if not expected:
+            raise FitnessError("the search is over, there is nothing to tell; start() begins anew")
+        return next_state(self.settings, state, _numbers(fitness, expected))
 
     def optimize(self) -> dict[str, Any]:
         """Search until a limit is reached.
@@ -196,18 +137,28 @@ class ENES:
             before = time.perf_counter()
             fitness = self._evaluate(self.ask(state), deadline)
             evaluating += time.perf_counter() - before
-            state = self._tell(state, fitness)
+            state = next_state(settings, state, fitness)
             curve.append((state.n_evaluations, state.best_y))
             if settings.verbose and len(curve) % settings.verbose == 0:
                 print(
                     f"generation {len(curve)}: best {state.best_y:.6g} after "
-                    f"{state.n_evaluations} evaluations, this time {fitness.min():.6g}"
+                    f"{state.n_evaluations} evaluations"
                 )
+        ended = time.perf_counter()
+        if state.n_evaluations >= settings.max_evaluations:
+            signal = Termination.MAX_FUNCTION_EVALUATIONS
+        elif state.best_y <= settings.threshold:
+            signal = Termination.FITNESS_THRESHOLD
+        elif ended >= deadline:
+            signal = Termination.MAX_RUNTIME
+        else:
+            signal = Termination.EARLY_STOPPING
         return {
-            **self._results(state),
-            "runtime": time.perf_counter() - begun,
+            "termination_signal": signal,
+            "runtime": ended - begun,
             "time_function_evaluations": evaluating,
             "fitness": np.array(curve),
+            **self._found(state),
         }
 
     def _evaluate(self, candidates: np.ndarray, deadline: float) -> np.ndarray:
@@ -217,147 +168,46 @@ class ENES:
             return _numbers(function(candidates), len(candidates))
         fitness = []
         for candidate in candidates:
-            fitness.append(function(candidate))
-            if fitness[-1] <= threshold or time.perf_counter() >= deadline:
+            fitness.append(_number(function(candidate)))
+            # a fitness of -inf has failed, as any that is not finite
+            if -math.inf < fitness[-1] <= threshold or time.perf_counter() >= deadline:
                 break
-        return _numbers(fitness, len(fitness))
+        return np.array(fitness)
 
-    def _tell(self, state: State, fitness: np.ndarray) -> State:
-        """As `tell`; ``fitness`` may end before the candidates do, which ends the search."""
-        finite = np.isfinite(fitness)
-        failures = not finite.all()
-        ranked = np.where(finite, fitness, math.inf) if failures else fitness
-        first = int(ranked.argmin())
-        lowest = float(ranked[first])
-        better = lowest < state.best_y
-        told = {
-            "n_evaluations": state.n_evaluations + len(fitness),
-            "best_x": state.candidates[first] if better else state.best_x,
-            "best_y": lowest if better else state.best_y,
-        }
-        if len(fitness) < state.n_individuals or self._over(**told):
-            return dataclasses.replace(
-                state, z=state.z[:0], candidates=state.candidates[:0], **told
-            )
-
-        bests = (*state.bests, min([lowest, *state.bests[-1:]]))[-self._window :]
-        # written so that inf - inf, a run without any finite fitness, is stagnant too
-        stagnant = len(bests) == self._window and not bests[0] - bests[-1] >= STAGNANT
-        if stagnant and self.settings.restarts:
-            return self._restarted(state, **told)
-        n = state.n_individuals
-        utility = np.empty(n)
-        utility[ranked.argsort(kind="stable")] = utilities(
-            n, self.settings.parents * n / self.settings.individuals
-        )
-        if failures:
-            utility[~finite] = 0.0
-        by_mean, by_a = natural_gradient(state.z, utility, state.a)
-        return self._state(
-            mean=state.mean + self.settings.lr_mean * by_mean,
-            a=state.a + self.settings.lr_sigma * by_a,
-            n_individuals=n,
-            generation=state.generation + 1,
-            bests=bests,
-            initial_mean=state.initial_mean,
-            runs=state.runs,
-            placing=state.placing,
-            sampling=state.sampling,
-            **told,
-        )
-
-    def _restarted(self, state: State, **told: Any) -> State:
-        """The first generation of a run that follows a stagnant one."""
-        mean, placing = self._place(state.placing)
-        return self._state(
-            mean=mean,
-            a=np.eye(self.settings.dimensions),
-            n_individuals=2 * state.n_individuals,
-            generation=0,
-            bests=(),
-            initial_mean=mean,
-            runs=(*state.runs, (state.generation + 1, state.initial_mean)),
-            placing=placing,
-            sampling=state.sampling,
-            **told,
-        )
-
-    def _place(self, placing: Mapping[str, Any]) -> tuple[np.ndarray, Mapping[str, Any]]:
-        """A mean drawn within the boundaries, and the generator's state after it."""
-        generator = _generator(placing)
-        mean = generator.uniform(self.settings.lower, self.settings.upper)
-        return mean, generator.bit_generator.state
-
-    def _state(
-        self,
-        mean: np.ndarray,
-        a: np.ndarray,
-        n_individuals: int,
-        n_evaluations: int,
-        sampling: Mapping[str, Any],
-        **rest: Any,
-    ) -> State:
-        """A state whose candidates have been drawn."""
-        generator = _generator(sampling)
-        n = min(n_individuals, self.settings.max_evaluations - n_evaluations)
-        z = generator.standard_normal((n, self.settings.dimensions))
-        candidates = mean + z @ a
-        for array in (mean, a, z, candidates):
-            array.setflags(write=False)
-        return State(
-            mean=mean,
-            a=a,
-            z=z,
-            candidates=candidates,
-            n_individuals=n_individuals,
-            n_evaluations=n_evaluations,
-            sampling=generator.bit_generator.state,
-            **rest,
-        )
-
-    def _over(self, n_evaluations: int, best_y: float, **_: Any) -> bool:
-        settings = self.settings
-        return n_evaluations >= settings.max_evaluations or best_y <= settings.threshold
-
-    def _results(self, state: State) -> dict[str, Any]:
-        """What `optimize` returns, but for the clock's."""
-        settings = self.settings
-        if state.n_evaluations >= settings.max_evaluations:
-            signal = Termination.MAX_FUNCTION_EVALUATIONS
-        elif state.best_y <= settings.threshold:
-            signal = Termination.FITNESS_THRESHOLD
-        else:
-            signal = Termination.MAX_RUNTIME
-        inside = state.best_x is not None and bool(
-            ((settings.lower <= state.best_x) & (state.best_x <= settings.upper)).all()
-        )
+    def _found(self, state: State) -> dict[str, Any]:
+        """The results that follow from the last state alone."""
+        x = None if state.best_x is None else state.best_x.copy()
+        with np.errstate(divide="ignore"):  # log 0 = -inf: the distribution has shrunk to nothing
+            sigma = float(np.exp(np.log(np.abs(state.a.diagonal())).mean()))
         return {
-            "best_so_far_x": state.best_x,
+            "best_so_far_x": x,
             "best_so_far_y": state.best_y,
             "n_function_evaluations": state.n_evaluations,
-            "termination_signal": signal,
-            "success": inside,
-            "mean": state.mean,
-            "initial_mean": state.initial_mean,
-            "sigma": math.exp(np.log(np.abs(state.a.diagonal())).mean()),
+            "success": x is not None
+            and bool(((self.settings.lower <= x) & (x <= self.settings.upper)).all()),
+            "mean": state.mean.copy(),
+            "initial_mean": state.initial_mean.copy(),
+            "sigma": sigma,
             "_n_restart": len(state.runs),
             "_n_generations": state.generation,
-            "_list_initial_mean": [mean for _, mean in state.runs],
+            "_list_initial_mean": [mean.copy() for _, mean in state.runs],
             "_list_generations": [generations for generations, _ in state.runs],
         }
 
 
-def _generator(state: Mapping[str, Any]) -> np.random.Generator:
-    """A generator that goes on from a state."""
-    bits = np.random.PCG64(0)
-    bits.state = state
-    return np.random.Generator(bits)
+def _number(value: Any) -> float:
+    """What a fitness function returned for one candidate."""
+    if getattr(value, "shape", ()) == ():
+        with contextlib.suppress(TypeError, ValueError):
+            return float(value)
+    raise FitnessError(
+        f"fitness_function must return one real number for a candidate, got {value!r}; one that "
+        "takes all candidates at once needs the option batched"
+    )
 
 
 def _numbers(fitness: Any, expected: int) -> np.ndarray:
     """``expected`` float64 numbers."""
-    if not expected:
-        raise FitnessError("the search is over, there is nothing to tell; start() begins another")
     try:
         values = np.asarray(fitness, dtype=np.float64)
     except (TypeError, ValueError):

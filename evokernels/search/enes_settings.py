@@ -33,6 +33,7 @@ class Settings:
     mean: np.ndarray | None
     individuals: int
     parents: float
+    window: int  # generations without a gain that end a run
     lr_mean: float
     lr_sigma: float
     max_evaluations: float
@@ -61,7 +62,6 @@ def read_settings(problem: Mapping[str, Any], options: Mapping[str, Any]) -> Set
             f"{upper[k]} in dimension {k}"
         )
     individuals = _whole(options, "n_individuals", 100, low=3)
-    parents = _whole(options, "n_parents", individuals / 2, low=2, high=individuals)
     budget = options.get("max_function_evaluations", math.inf)
     return Settings(
         fitness_function=_function(problem),
@@ -71,7 +71,8 @@ def read_settings(problem: Mapping[str, Any], options: Mapping[str, Any]) -> Set
         seed=_whole(options, "seed_rng", None, low=0),
         mean=_mean(options, lower, upper),
         individuals=individuals,
-        parents=parents,
+        parents=_whole(options, "n_parents", individuals / 2, low=2, high=individuals),
+        window=10 + math.ceil(30 * dimensions / individuals),
         lr_mean=_positive(options, "lr_mean", 1.0),
         lr_sigma=_positive(options, "lr_sigma", 1.0),
         max_evaluations=(
@@ -107,7 +108,7 @@ def _whole(
     value = given.get(key)
     if value is None and default is not None:
         return default
-    whole = isinstance(value, numbers.Real) and not isinstance(value, bool) and value % 1 == 0
+    whole = isinstance(value, numbers.Real) and value % 1 == 0
     if not whole or value < low or (high is not None and value > high):
         allowed = f"at least {low}" if high is None else f"from {low} to {high}"
         raise SettingsError(f"{key} must be a whole number {allowed}, got {value!r}")
@@ -118,7 +119,7 @@ def _positive(given: Mapping[str, Any], key: str, default: float) -> float:
     value = given.get(key)
     if value is None:
         return default
-    if not isinstance(value, numbers.Real) or not 0 < value or (value == math.inf != default):
+    if not isinstance(value, numbers.Real) or not value > 0 or (value == math.inf != default):
         raise SettingsError(f"{key} must be a number above 0, got {value!r}")
     return float(value)
 
@@ -131,7 +132,7 @@ def _threshold(options: Mapping[str, Any]) -> float:
 
 
 def _vector(given: Mapping[str, Any], key: str, dimensions: int) -> np.ndarray:
-    """``dimensions`` finite numbers, read-only."""
+    """``dimensions`` finite numbers, a copy."""
     if given.get(key) is None:
         raise SettingsError(f"{key} is missing; give {dimensions} numbers, one a dimension")
     try:
@@ -145,7 +146,6 @@ def _vector(given: Mapping[str, Any], key: str, dimensions: int) -> np.ndarray:
         )
     if not np.isfinite(vector).all():
         raise SettingsError(f"{key} must be finite, got {vector}")
-    vector.setflags(write=False)
     return vector
 
 
