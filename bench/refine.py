@@ -114,7 +114,8 @@ def chosen_settings(options: argparse.Namespace, seed: int) -> RunSettings:
 
 def equally_costly(settings: RunSettings, result: RunResult) -> RunSettings:
     """The settings without refinement, and with generations for as many training runs, to within
-    one of them: what they cost is seen in the refining run, the first apart, which has no elites."""
+    one of them. What one costs is seen in the refining run; its first, without elites, costs more.
+    """
     usual = statistics.fmean(entry.evaluations for entry in result.history[1:])
     extra = math.ceil(sum(entry.refining for entry in result.history) / usual)
     generations = settings.search.generations + extra

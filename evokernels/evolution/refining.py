@@ -29,7 +29,7 @@ from evokernels.search.refinement import Refinement
 __all__ = ["Refined", "Refiner", "coordinates_of"]
 
 EVERY = 3  # generations, counted back from the last, which is refined too
-GENOMES = 1  # refined at a time, each the best of its structure
+GENOMES = 2  # refined at a time, each the best of its structure
 
 
 @dataclasses.dataclass(frozen=True)
