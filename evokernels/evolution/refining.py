@@ -54,12 +54,8 @@ class Refiner:
 
     def still_to_come(self, generation: int) -> int:
         """Training runs for refining ``generation`` and all after it, if none is raced out."""
-        last = self._settings.search.generations
-        return (
-            sum(map(self._due, range(generation, last)))
-            * GENOMES
-            * self._runs(self._settings.refine)
-        )
+        due = sum(map(self._due, range(generation, self._settings.search.generations)))
+        return due * GENOMES * self._runs(self._settings.refine)
 
     def run(
         self,

@@ -142,7 +142,7 @@ CREATE VIEW cost_ledger AS
                 'refinement' AS rule, count(*) AS runs, total(evaluation.steps) AS taken, 0 AS saved
             FROM evaluation, planned
             WHERE purpose = 'search' AND place >= population
-            HAVING count(*) > 0
+            GROUP BY purpose
         )
     SELECT
         rule, runs,

@@ -41,8 +41,9 @@ class RunSettings:
         finalists: how many genomes, the best of the search and then of the last generation, are
             trained with ``comparison_seeds`` further seeds before the best of them is the winner;
             with 1 the best score of the search decides.
-        refine: candidates that ENES may try to refine the numbers of a genome, every few
-            generations (`evokernels.evolution.refining`); 0: none.
+        refine: candidates by which ENES refines the numbers of each of the best genomes, every few
+            generations (`evokernels.evolution.refining`); 0: none. One candidate costs what a
+            genome of a generation does: a training run for each task and seed.
         plateau: end after this many generations in a row without a better genome; 0: never.
 
     Raises:
