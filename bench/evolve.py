@@ -71,6 +71,7 @@ PARITY = {
     "race": False,
     "rotate_seeds": False,
     "finalists": 1,
+    "refine": 0,
 }
 
 # option, type, whether it takes several values, meaning
@@ -89,6 +90,7 @@ SETTINGS = (
     ("validation-samples", int, False, "further ones that select; 0: the test split does"),
     ("comparison-seeds", int, False, "number of fresh seeds of the comparison with Adam and AdamW"),
     ("finalists", int, False, "genomes that further seeds choose the winner from"),
+    ("refine", int, False, "candidates by which ENES refines each of the best genomes; 0: off"),
     ("plateau", int, False, "end after so many generations without a better genome; 0: never"),
     ("threads", int, False, "torch threads of each training run; they decide its last bits"),
     ("device", str, False, "where training runs: cpu, cuda or cuda:N; decides its last bits too"),

@@ -68,6 +68,7 @@ SOURCE_SYSTEM = {
     "rotate_seeds": False,
     "finalists": 1,
     "plateau": 0,
+    "refine": 0,
 }
 HONEST = {"validation_samples": 5000, "hurdle": True, "race": True, "finalists": 3}
 
@@ -80,6 +81,7 @@ HONEST = {"validation_samples": 5000, "hurdle": True, "race": True, "finalists":
         (["--no-race", "--no-hurdle"], {**HONEST, "race": False, "hurdle": False}),
         (["--parity", "--race"], {"race": True}),
         (["--rotate-seeds", "--plateau", "5"], {**HONEST, "rotate_seeds": True, "plateau": 5}),
+        (["--refine", "40"], {**HONEST, "refine": 40}),
         (["--precision", "bfloat16"], {**HONEST, "precision": "bfloat16"}),
     ],
 )
@@ -101,7 +103,7 @@ def test_help_names_every_setting(command, capsys):
     for option in (
         *("population", "generations", "elites", "tournament", "max-terms", "run-seed", "tasks"),
         *("seeds", "steps", "batch-size", "train-samples", "comparison-seeds", "threads"),
-        *("validation-samples", "finalists", "plateau", "precision", "audit", "parity"),
+        *("validation-samples", "finalists", "plateau", "refine", "precision", "audit", "parity"),
         *("device", "preset", "out", "data-dir", "workers"),
     ):
         assert f"--{option} " in text

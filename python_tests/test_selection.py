@@ -324,6 +324,7 @@ def test_a_run_in_which_nothing_is_trained_is_reported(training, tmp_path, monke
         ({"race": True}, False),
         ({"rotate_seeds": True}, False),
         ({"finalists": 2}, False),
+        ({"refine": 20}, False),
         ({"plateau": 4}, True),
     ],
 )

@@ -81,7 +81,7 @@ def audit(
     """
     if not sample:
         return None
-    stopped = find_stopped(evaluations.journal)
+    stopped = find_stopped(evaluations.journal, settings.search.population)
     random.Random(f"evokernels audit {settings.search.seed}").shuffle(stopped)
     sampled = stopped[:sample]
     trials = {
@@ -102,19 +102,22 @@ def audit(
         still_to_come,
         "audit of stopped genomes",
     )
-    verdicts = [judge(evaluations, genome, needed) for genome, needed in trials.items()]
+    population = settings.search.population
+    verdicts = [judge(evaluations, genome, needed, population) for genome, needed in trials.items()]
     verdicts.sort(key=lambda verdict: (verdict.generation, verdict.place))
     return Audit(tuple(verdicts), len(stopped))
 
 
-def find_stopped(journal: Journal) -> list[Stopped]:
-    """All of them, generation after generation."""
+def find_stopped(journal: Journal, population: int) -> list[Stopped]:
+    """All of them, generation after generation; without the candidates of refinements, which are
+    held against other ones than children are."""
     return [
         Stopped(generation, place, key, rule, Genome.from_json(genome))
         for generation, place, key, rule, genome in journal.query(
             "SELECT generation, place, key, rule, genome "
             "FROM stopped_genome JOIN candidate USING (generation, place, key) "
-            "ORDER BY generation, place"
+            "WHERE place < ? ORDER BY generation, place",
+            population,
         )
     ]
 
@@ -126,7 +129,9 @@ def missing_trial(journal: Journal, stopped: Stopped, task: str, seed: int) -> T
     return Trial(stopped.genome, task, seed, Purpose.SEARCH if complete else Purpose.AUDIT)
 
 
-def judge(evaluations: Evaluations, stopped: Stopped, trials: Sequence[Trial]) -> Verdict:
+def judge(
+    evaluations: Evaluations, stopped: Stopped, trials: Sequence[Trial], population: int
+) -> Verdict:
     """How a genome did in all these trials, beside the others of its generation."""
     runs: dict[str, list[Outcome]] = {}
     for trial in trials:
@@ -136,7 +141,8 @@ def judge(evaluations: Evaluations, stopped: Stopped, trials: Sequence[Trial]) -
     told = {
         key: Score(fitness, Status(status))
         for key, fitness, status in evaluations.journal.query(
-            "SELECT key, score, status FROM candidate WHERE generation = ?", stopped.generation
+            "SELECT key, score, status FROM candidate WHERE generation = ? AND place < ?",
+            *(stopped.generation, population),
         )
     }
     own = told.pop(stopped.key)

@@ -22,14 +22,22 @@ class Result:
     Attributes:
         by_task: for each task, one journal entry for each seed it was trained with.
         score: what the search is told.
+        paired: with the seeds of this generation alone, for a comparison in which all have the
+            same; None if it was not trained with all of them.
         trained: the seeds that it was trained with in this generation, on all tasks.
         savings: the evaluations that it did without.
     """
 
     by_task: Mapping[str, Sequence[Entry]]
     score: Score
+    paired: Score | None
     trained: Sequence[int]
     savings: Sequence[Saving]
+
+    @property
+    def runs(self) -> int:
+        """Training runs that were made for it."""
+        return len(self.trained) * len(self.by_task)
 
     @property
     def accuracy(self) -> float | None:
@@ -66,6 +74,8 @@ class Generation:
         stopped: genomes that the hurdle stopped in their worst run.
         diverged: genomes that diverged in their worst run.
         failed: genomes whose worst run was lost: it crashed, hung or ran out of memory.
+        refining: training runs that refining its best genomes needed besides; None in a run that
+            refines nothing.
     """
 
     number: int
@@ -81,9 +91,12 @@ class Generation:
     stopped: int
     diverged: int
     failed: int
+    refining: int | None
 
 
-def summarise(number: int, results: Sequence[Result], best_so_far: Score) -> Generation:
+def summarise(
+    number: int, results: Sequence[Result], best_so_far: Score, refining: int | None = None
+) -> Generation:
     """What generation ``number`` came to, given the results of its genomes in their order."""
     champion = max(results, key=lambda result: result.score.rank)
     by_task = {task: [result.task_fitness(task) for result in results] for task in champion.by_task}
@@ -96,12 +109,13 @@ def summarise(number: int, results: Sequence[Result], best_so_far: Score) -> Gen
         best_accuracy=champion.accuracy,
         task_best={task: max(values) for task, values in by_task.items()},
         task_mean={task: statistics.fmean(values) for task, values in by_task.items()},
-        evaluations=sum(len(result.trained) * len(result.by_task) for result in results),
+        evaluations=sum(result.runs for result in results),
         reused=sum(result.saved("cache") for result in results),
         raced=sum(result.saved("race") for result in results),
         stopped=statuses[Status.STOPPED],
         diverged=statuses[Status.DIVERGED],
         failed=sum(statuses[lost] for lost in LOST),
+        refining=refining,
     )
 
 

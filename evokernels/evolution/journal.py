@@ -31,6 +31,9 @@ LOCK = "lock"
 UNFINISHED = "journal.sqlite.new"
 SYNCHRONOUS = "FULL"  # a row survives the machine, too; beside seconds of training: free
 
+# What runs did that were recorded before these settings existed.
+BEFORE = {"refine": 0}
+
 APPLICATION_ID = int.from_bytes(b"EVOK", "big")
 COLUMNS = (
     "generation, place, genome, key, task, seed, purpose, "
@@ -99,21 +102,26 @@ class Journal:
             ).fetchone()
             return None if row is None else _entry(row)
 
-    def begin_generation(self, generation: int, genomes: Sequence[tuple[str, Genome]]) -> None:
-        """Record the genomes of a generation, or see that they are those that were recorded.
+    def begin_generation(
+        self, generation: int, genomes: Sequence[tuple[str, Genome]], first: int = 0
+    ) -> None:
+        """Record genomes of a generation, or see that they are those that were recorded.
 
         Args:
             genomes: each with its key.
+            first: place of the first of them.
 
         Raises:
             JournalError: it has recorded others.
         """
-        rows = {place: (_json(genome), key) for place, (key, genome) in enumerate(genomes)}
+        rows = {place: (_json(genome), key) for place, (key, genome) in enumerate(genomes, first)}
         with _clear_errors(self.path):
             recorded = {
                 place: (genome, key)
                 for place, genome, key in self._connection.execute(
-                    "SELECT place, genome, key FROM candidate WHERE generation = ?", [generation]
+                    "SELECT place, genome, key FROM candidate "
+                    "WHERE generation = ? AND place BETWEEN ? AND ?",
+                    [generation, first, first + len(rows) - 1],
                 )
             }
             if not recorded:
@@ -126,25 +134,32 @@ class Journal:
             self._check_replay(generation, recorded, rows)
 
     def end_generation(
-        self, generation: int, scores: Sequence[Score], savings: Iterable[Saving]
+        self,
+        generation: int,
+        scores: Sequence[Score],
+        savings: Iterable[Saving],
+        first: int = 0,
     ) -> None:
-        """Record what a generation came to, or see that it is what was recorded.
+        """Record what genomes of a generation came to, or see that it is what was recorded.
 
         Args:
-            scores: of its genomes, in order.
-            savings: the evaluations that it did without.
+            scores: of the genomes, in order.
+            savings: the evaluations that they did without.
+            first: place of the first of them.
 
         Raises:
             JournalError: it has recorded others.
         """
-        rows = {place: (score.fitness, score.status.value) for place, score in enumerate(scores)}
+        rows = {
+            place: (score.fitness, score.status.value) for place, score in enumerate(scores, first)
+        }
         with _clear_errors(self.path):
             recorded = {
                 place: (score, status)
                 for place, score, status in self._connection.execute(
                     "SELECT place, score, status FROM candidate "
-                    "WHERE generation = ? AND score IS NOT NULL",
-                    [generation],
+                    "WHERE generation = ? AND place BETWEEN ? AND ? AND score IS NOT NULL",
+                    [generation, first, first + len(rows) - 1],
                 )
             }
             if not recorded:
@@ -322,11 +337,11 @@ def _check(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
         (evaluations,) = connection.execute("SELECT count(*) FROM evaluation").fetchone()
     if not evaluations:
         return  # a run that failed at its start, perhaps because of its settings
-    recorded = json.loads(text)
+    recorded, given = ({**BEFORE, **values} for values in (json.loads(text), settings))
     differing = [
-        f"{name} {json.dumps(recorded.get(name))} (now {json.dumps(settings.get(name))})"
-        for name in sorted({*recorded, *settings})
-        if recorded.get(name) != settings.get(name)
+        f"{name} {json.dumps(recorded.get(name))} (now {json.dumps(given.get(name))})"
+        for name in sorted({*recorded, *given})
+        if recorded.get(name) != given.get(name)
     ]
     if differing:
         raise JournalError(

@@ -23,8 +23,8 @@ class Cost:
     """A line of the ledger, a row of the view ``cost_ledger`` (`evokernels.evolution.schema`).
 
     Attributes:
-        rule: what the steps were taken for ("search", "audit", which finalists are trained as too,
-            and "report"), or what saved them.
+        rule: what the steps were taken for ("search", of it "refinement", if there was any,
+            "audit", which finalists are trained as too, and "report"), or what saved them.
         runs: training runs that were made, that the rule ended, or that it left out.
         steps_taken: by these runs.
         steps_saved: that these runs would have taken besides.
@@ -58,8 +58,10 @@ def ledger_line(ledger: Sequence[Cost]) -> str:
     saved = ", ".join(
         f"{meaning} {by_rule[rule].steps_saved:,}" for rule, meaning in MEANINGS.items()
     )
+    refinement = by_rule.get("refinement")
+    share = f", of them {refinement.steps_taken:,} to refine numbers" if refinement else ""
     return (
-        f"The search took {search.steps_taken:,} training steps in {search.runs:,} runs. "
+        f"The search took {search.steps_taken:,} training steps in {search.runs:,} runs{share}. "
         f"Steps saved by {saved}: {search.factor or 1.0:.2f} times fewer steps, divergence not "
         "counted."
     )

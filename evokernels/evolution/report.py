@@ -43,17 +43,21 @@ BEST_COLOUR, MEAN_COLOUR = "#0b6e4f", "#8a8a8a"
 
 def history_csv(history: Sequence[Generation]) -> str:
     """One line a generation, floats with all their digits; no times, so that an interrupted and
-    an unbroken run give the same bytes. Generations count from 1, as on screen."""
+    an unbroken run give the same bytes. Generations count from 1, as on screen. The last column is
+    there only if the run refines."""
     tasks = list(history[0].task_best)
+    refines = history[0].refining is not None
     return csv_text(
         ["generation", "best_fitness", "mean_fitness", "best_so_far", "best_accuracy"]
         + [f"{kind}_{task}" for task in tasks for kind in ("best", "mean")]
-        + ["evaluations", "reused", "raced", "stopped", "diverged", "failed"],
+        + ["evaluations", "reused", "raced", "stopped", "diverged", "failed"]
+        + ["refining"] * refines,
         [
             [entry.number + 1, entry.best, entry.mean, entry.best_so_far, entry.best_accuracy]
             + [values[task] for task in tasks for values in (entry.task_best, entry.task_mean)]
             + [entry.evaluations, entry.reused, entry.raced]
             + [entry.stopped, entry.diverged, entry.failed]
+            + [entry.refining] * refines
             for entry in history
         ],
     )

@@ -34,6 +34,7 @@ class Runner:
         self.place = place  # of the first genome of the generation that is this optimizer
         self.genome = genome
         self.runs: dict[int, dict[str, Entry]] = {}
+        self.trained: list[int] = []  # the seeds that it was trained with in this generation
 
     @property
     def scores(self) -> dict[int, float]:
@@ -48,6 +49,14 @@ class Runner:
         """Its runs the other way round."""
         tasks = next(iter(self.runs.values()))
         return {task: [by_task[task] for by_task in self.runs.values()] for task in tasks}
+
+    def score_with(self, seeds: Sequence[int]) -> Score | None:
+        """With these seeds alone; None if it was not trained with all of them."""
+        if not self.runs.keys() >= set(seeds):
+            return None
+        part = Runner(self.key, self.place, self.genome)
+        part.runs = {seed: self.runs[seed] for seed in seeds}
+        return part.score
 
     @property
     def score(self) -> Score:
@@ -65,33 +74,57 @@ class Rounds:
         self._evaluations = evaluations
         self._seeds_of: dict[str, list[int]] = {}  # of each key, those it was trained with so far
         self._bar: Bar | None = None
+        self._model: SeedModel | None = None  # of the last generation
 
     def run(
         self, number: int, genomes: Sequence[Genome], still_to_come: int, note: str
     ) -> list[Result]:
         """The results of generation ``number``, in the order of its genomes; all in the journal."""
+        runners = self._evaluate(number, 0, genomes, still_to_come, note)
+        seeds = self._settings.training_seeds(number)
+        self._model = SeedModel.of(complete_scores(dict.fromkeys(runners), seeds))
+        results = self._end(number, 0, runners)
+        if self._settings.race:
+            self._bar = next_bar([result.score for result in results], self._model)
+        return results
+
+    def run_beside(
+        self, number: int, first: int, genomes: Sequence[Genome], still_to_come: int, note: str
+    ) -> list[Result]:
+        """The results of further genomes of generation ``number``, at places from ``first`` on.
+
+        It must be the last that was run. They are raced against its genomes, whose seeds they have,
+        and change nothing for the next generation's race.
+        """
+        return self._end(number, first, self._evaluate(number, first, genomes, still_to_come, note))
+
+    def _evaluate(
+        self, number: int, first: int, genomes: Sequence[Genome], still_to_come: int, note: str
+    ) -> list[Runner]:
+        """The optimizer that each genome is, trained; genomes that are one optimizer share it."""
         keys = [canonical_key(genome) for genome in genomes]
         journal = self._evaluations.journal
-        journal.begin_generation(number, list(zip(keys, genomes, strict=True)))
+        journal.begin_generation(number, list(zip(keys, genomes, strict=True)), first)
         runners: dict[str, Runner] = {}
-        for place, (key, genome) in enumerate(zip(keys, genomes, strict=True)):
+        for place, (key, genome) in enumerate(zip(keys, genomes, strict=True), start=first):
             runners.setdefault(key, Runner(key, place, genome))
         seeds = self._settings.training_seeds(number)
-        trained = self._train(number, list(runners.values()), seeds, still_to_come, note)
+        self._train(number, list(runners.values()), seeds, still_to_come, note)
+        return [runners[key] for key in keys]
 
-        model = SeedModel.of(complete_scores(runners.values(), seeds))
-        scores = {key: told(runner, seeds, model) for key, runner in runners.items()}
+    def _end(self, number: int, first: int, runners: Sequence[Runner]) -> list[Result]:
+        """What came of each genome; recorded."""
+        seeds = self._settings.training_seeds(number)
         results = []
         savings: list[Saving] = []
-        for place, key in enumerate(keys):
-            runner = runners[key]
-            own = trained[key] if place == runner.place else []
+        for place, runner in enumerate(runners, start=first):
+            own = runner.trained if place == runner.place else []
             without = savings_of(place, runner, [seed for seed in seeds if seed not in own])
             savings += without
-            results.append(Result(runner.by_task, scores[key], own, without))
-        if self._settings.race:
-            self._bar = next_bar([result.score for result in results], model)
-        journal.end_generation(number, [result.score for result in results], savings)
+            score = told(runner, seeds, self._model)
+            results.append(Result(runner.by_task, score, runner.score_with(seeds), own, without))
+        scores = [result.score for result in results]
+        self._evaluations.journal.end_generation(number, scores, savings, first)
         return results
 
     def _train(
@@ -101,10 +134,9 @@ class Rounds:
         seeds: Sequence[int],
         still_to_come: int,
         note: str,
-    ) -> dict[str, list[int]]:
-        """Train with one seed after the other; of each key, the seeds it was trained with here."""
+    ) -> None:
+        """Train with one seed after the other."""
         tasks = self._settings.tasks
-        trained: dict[str, list[int]] = {runner.key: [] for runner in runners}
         before: dict[str, Score] = {}
         for runner in runners:
             for seed in self._seeds_of.setdefault(runner.key, []):
@@ -129,10 +161,9 @@ class Rounds:
             for runner in due:
                 self._look_up(runner, seed)
                 self._seeds_of[runner.key].append(seed)
-                trained[runner.key].append(seed)
+                runner.trained.append(seed)
             admits = self._judge(runners, before, seeds[: position + 1])
             racing = [runner for runner in racing if admits(runner)]
-        return trained
 
     def _look_up(self, runner: Runner, seed: int) -> None:
         runner.runs[seed] = {
@@ -147,8 +178,8 @@ class Rounds:
         bar = self._bar
         if bar is None:
             return lambda runner: True
-        if self._settings.rotate_seeds:
-            # The last generation had other seeds. What these do is seen in the genomes that stayed.
+        if not set(seeds) <= bar.effects.keys():
+            # Seeds rotate: what new ones do is seen in the genomes that stayed.
             stayed = [
                 runner
                 for runner in runners

@@ -17,6 +17,7 @@ from evokernels.evolution.history import Generation, plateaued, summarise
 from evokernels.evolution.journal import open_journal
 from evokernels.evolution.ledger import Cost, read_ledger
 from evokernels.evolution.pool import open_pool
+from evokernels.evolution.refining import Refiner
 from evokernels.evolution.rounds import Rounds
 from evokernels.evolution.settings import RunSettings
 from evokernels.evolution.winner import Winner, choose_winner, measure_winner
@@ -142,6 +143,7 @@ class _Run:
         before = len(self.evaluations.journal)
         search = GeneticSearch(self.settings.search)
         rounds = Rounds(self.settings, self.evaluations)
+        refiner = Refiner(self.settings, rounds)
         state = search.start()
         history: list[Generation] = []
         scored: list[Scored] = []
@@ -150,11 +152,16 @@ class _Run:
             note = f"generation {number + 1}/{self.settings.search.generations}"
             if state.best is not None:
                 note += f", best {state.best.score.fitness:.4f}"
-            results = rounds.run(number, genomes, self._still_to_come(number), note)
+            to_come = self._still_to_come(number)
+            results = rounds.run(number, genomes, to_come + refiner.still_to_come(number), note)
+            to_come += refiner.still_to_come(number + 1)
+            refined = refiner.run(number, genomes, results, to_come, f"{note}, refining")
             scores = [result.score for result in results]
-            scored = [Scored(*pair) for pair in zip(genomes, scores, strict=True)]
-            state = search.tell(state, scores)
-            history.append(summarise(number, results, state.best.score))
+            scored = [*map(Scored, genomes, scores), *refined.better]
+            joined = search.join(state, [entry.genome for entry in refined.better])
+            state = search.tell(joined, [entry.score for entry in scored])
+            refining = refined.runs if self.settings.refine else None
+            history.append(summarise(number, results, state.best.score, refining))
             if len(self.evaluations.journal) > before:  # a replay is behind the files that it finds
                 self._write_progress(history, state.best)
             if plateaued(history, self.settings.plateau):
@@ -176,7 +183,7 @@ class _Run:
 
     def _still_to_come(self, generation: int) -> int:
         """Training runs after ``generation``, if no two children are one optimizer and none is
-        raced out."""
+        raced out, those of refining apart."""
         search = self.settings.search
         elites = 0 if self.settings.rotate_seeds else search.elites
         children = (search.generations - 1 - generation) * (search.population - elites)

@@ -13,7 +13,8 @@ CREATE TABLE run (
     settings TEXT NOT NULL            -- JSON: all that the history of the run depends on
 );
 
--- Every genome of every generation, as the search asked for it.
+-- Every genome of every generation, as the search asked for it. After those of the population come
+-- the candidates that its best genomes were refined with.
 CREATE TABLE candidate (
     generation INTEGER NOT NULL,      -- counted from 0
     place INTEGER NOT NULL,           -- in the generation, elites first
@@ -97,10 +98,16 @@ CREATE VIEW stopped_genome AS
 
 -- What the run cost in training steps, and what each rule saved. The factor is by how much the
 -- search would have cost more without the rule. "search" is the search as a whole: what cache,
--- hurdle and race saved together; not divergence, where the source system stops too.
+-- hurdle and race saved together; not divergence, where the source system stops too. "refinement"
+-- is the part of the search that its candidates cost; it is there only where there are any.
 CREATE VIEW cost_ledger AS
     WITH
-        planned AS (SELECT json_extract(settings, '$.steps') AS steps FROM run),
+        planned AS (
+            SELECT
+                json_extract(settings, '$.steps') AS steps,
+                json_extract(settings, '$.population') AS population
+            FROM run
+        ),
         ended AS (
             SELECT
                 CASE status WHEN 'stopped' THEN 'hurdle' ELSE 'divergence' END AS rule,
@@ -129,12 +136,23 @@ CREATE VIEW cost_ledger AS
                 END AS saved
             FROM purposes LEFT JOIN evaluation ON purpose = rule
             GROUP BY rule
+        ),
+        refinement AS (
+            SELECT
+                'refinement' AS rule, count(*) AS runs, total(evaluation.steps) AS taken, 0 AS saved
+            FROM evaluation, planned
+            WHERE purpose = 'search' AND place >= population
+            GROUP BY purpose
         )
     SELECT
         rule, runs,
         CAST(taken AS INTEGER) AS steps_taken,
         CAST(saved AS INTEGER) AS steps_saved,
         1.0 + saved / (SELECT taken FROM by_purpose WHERE rule = 'search') AS factor
-    FROM (SELECT * FROM by_purpose UNION ALL SELECT * FROM by_rule)
-    ORDER BY instr('search cache hurdle race divergence audit report', rule);
+    FROM (
+        SELECT * FROM by_purpose
+        UNION ALL SELECT * FROM refinement
+        UNION ALL SELECT * FROM by_rule
+    )
+    ORDER BY instr('search refinement cache hurdle race divergence audit report', rule);
 """

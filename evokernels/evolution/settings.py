@@ -12,6 +12,7 @@ from evokernels.evolution.devices import find_device
 from evokernels.evolution.precision import PRECISIONS
 from evokernels.evolution.trial import Conditions
 from evokernels.search.genetic import GeneticConfig
+from evokernels.search.refinement import LEAST_EVALUATIONS
 from evokernels.tasks import get_task
 
 __all__ = ["SEED_LIMIT", "RunSettings"]
@@ -40,6 +41,9 @@ class RunSettings:
         finalists: how many genomes, the best of the search and then of the last generation, are
             trained with ``comparison_seeds`` further seeds before the best of them is the winner;
             with 1 the best score of the search decides.
+        refine: candidates by which ENES refines the numbers of each of the best genomes, every few
+            generations (`evokernels.evolution.refining`); 0: none. One candidate costs what a
+            genome of a generation does: a training run for each task and seed.
         plateau: end after this many generations in a row without a better genome; 0: never.
 
     Raises:
@@ -58,6 +62,7 @@ class RunSettings:
     rotate_seeds: bool = False
     finalists: int = 1
     plateau: int = 0
+    refine: int = 0
 
     def __post_init__(self) -> None:
         for task in self.tasks:
@@ -72,6 +77,7 @@ class RunSettings:
             ("threads", self.threads, 1),
             ("finalists", self.finalists, 1),
             ("plateau", self.plateau, 0),
+            ("refine", self.refine, 0),
             *(("seeds", seed, 0) for seed in self.seeds),
         ):
             if value is not None and value < least:
@@ -85,6 +91,11 @@ class RunSettings:
         if self.conditions.precision not in PRECISIONS:
             allowed = " or ".join(PRECISIONS)
             raise SettingsError(f"precision must be {allowed}, got {self.conditions.precision!r}")
+        if self.refine and self.refine < LEAST_EVALUATIONS:
+            raise SettingsError(
+                f"refine must be 0, or at least {LEAST_EVALUATIONS}, a generation of ENES and what "
+                f"it leads to, got {self.refine}"
+            )
         if self.rotate_seeds and not self.search.elites:
             raise SettingsError(
                 "elites must be at least 1 with rotate_seeds, got 0: a genome is held against new "
@@ -93,14 +104,15 @@ class RunSettings:
 
     @property
     def parity(self) -> bool:
-        """Whether this is the protocol of the source system: the test split selects, and no run
-        but a diverged one is cut short."""
+        """Whether this is the protocol of the source system: the test split selects, no run but a
+        diverged one is cut short, and there is no search but the genetic one."""
         return not (
             self.conditions.validation_samples
             or self.conditions.hurdle
             or self.race
             or self.rotate_seeds
             or self.finalists > 1
+            or self.refine
         )
 
     @property

@@ -103,6 +103,13 @@ class GeneticSearch:
         """The genomes to score, elites first; empty when the search is over."""
         return state.population
 
+    def join(self, state: State, genomes: Sequence[Genome]) -> State:
+        """A state whose generation has further genomes, found elsewhere, which are told last.
+
+        For that generation alone: what follows has the usual size.
+        """
+        return dataclasses.replace(state, population=(*state.population, *genomes))
+
     def tell(self, state: State, scores: Sequence[Score]) -> State:
         """The state that follows; ``scores`` in the order of ``ask``.
 

@@ -1,0 +1,178 @@
+"""Does refining pay? Evolutions with --refine and without, at equal numbers of training runs.
+
+For each run seed the refining run comes first. The plain one has as many more generations as the
+refinement's training runs would have paid for. Run it again with the same options and it resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import pathlib
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+
+import evolve
+from commandline import (
+    Bar,
+    add_machine_options,
+    add_precision,
+    exit_code,
+    markdown,
+    positive,
+    resolved_precision,
+    worker_count,
+)
+from landscape import Landscape, truth
+
+from evokernels.evolution.comparison import Estimate
+from evokernels.evolution.run import RunResult
+from evokernels.evolution.run import evolve as run_evolution
+from evokernels.evolution.settings import RunSettings
+
+
+def main() -> int:
+    """The command; its exit code."""
+    options = parse(sys.argv[1:])
+    hint = f"all finished training runs are in {options.out}, the same command resumes there"
+    return exit_code(lambda: run(options), hint)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", choices=evolve.PRESETS, default="quick", help="(quick)")
+    parser.add_argument("--refine", type=int, default=40, metavar="N", help="candidates (40)")
+    parser.add_argument(
+        "--run-seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="(1 2 3)"
+    )
+    parser.add_argument("--generations", type=positive, help="of the refining runs (the preset's)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="training seeds (the preset's)")
+    parser.add_argument(
+        "--comparison-seeds",
+        type=positive,
+        default=10,
+        metavar="N",
+        help="fresh seeds that the winners are measured on (10)",
+    )
+    parser.add_argument(
+        "--landscape",
+        action="store_true",
+        help="look fitness up in a formula instead of training: seconds, to see the effect",
+    )
+    add_precision(parser)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/refine"))
+    add_machine_options(parser)
+    return parser.parse_args(arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What one evolution came to.
+
+    Attributes:
+        runs: training runs of its search.
+        fresh: fitness of its winner on fresh seeds, on the split that selects.
+        test: and on the test split; in the landscape, its true fitness.
+    """
+
+    runs: int
+    fresh: float
+    test: float
+
+
+def run(options: argparse.Namespace) -> None:
+    """Both variants for each run seed, then the table."""
+    refining, plain = [], []
+    for seed in options.run_seeds:
+        settings = chosen_settings(options, seed)
+        result = evolution(options, settings, f"refining {seed}")
+        refining.append(measured(options, result))
+        result = evolution(options, equally_costly(settings, result), f"plain {seed}")
+        plain.append(measured(options, result))
+    print("\n".join(table(options, refining, plain)))
+
+
+def chosen_settings(options: argparse.Namespace, seed: int) -> RunSettings:
+    """Of the refining run."""
+    given = {
+        "refine": options.refine,
+        "run_seed": seed,
+        "generations": options.generations,
+        "seeds": options.seeds,
+        "comparison_seeds": options.comparison_seeds,
+    }
+    values = evolve.PRESETS[options.preset].to_dict()
+    values.update((name, value) for name, value in given.items() if value is not None)
+    values["precision"] = resolved_precision(options.precision, values["device"])
+    return RunSettings.from_dict(values)
+
+
+def equally_costly(settings: RunSettings, result: RunResult) -> RunSettings:
+    """The settings without refinement, and with generations for as many training runs, to within
+    one of them. What one costs is seen in the refining run; its first, without elites, costs more.
+    """
+    usual = statistics.fmean(entry.evaluations for entry in result.history[1:])
+    extra = math.ceil(sum(entry.refining for entry in result.history) / usual)
+    generations = settings.search.generations + extra
+    search = dataclasses.replace(settings.search, generations=generations)
+    return dataclasses.replace(settings, search=search, refine=0)
+
+
+def evolution(options: argparse.Namespace, settings: RunSettings, name: str) -> RunResult:
+    """Made, or looked up, in a folder of that name."""
+    with Bar() as bar:
+        return run_evolution(
+            settings,
+            options.out / name,
+            data_dir=options.data_dir,
+            workers=worker_count(options, settings.threads, settings.device),
+            time_limit=options.time_limit,
+            executor=Landscape() if options.landscape else None,
+            on_progress=lambda done, expected, note: bar.show(done, expected, f"{name}, {note}"),
+        )
+
+
+def measured(options: argparse.Namespace, result: RunResult) -> Measured:
+    """From a complete run."""
+    runs = next(cost.runs for cost in result.ledger if cost.rule == "search")
+    test = truth(result.best.genome) if options.landscape else result.winner.test.mean
+    return Measured(runs, result.winner.fresh.mean, test)
+
+
+def table(
+    options: argparse.Namespace, refining: Sequence[Measured], plain: Sequence[Measured]
+) -> Iterator[str]:
+    """Mean ± standard error over the run seeds, and of the differences in pairs."""
+    seeds = len(options.run_seeds)
+    worth = "true fitness" if options.landscape else "test split"
+    yield (
+        f"{options.preset}, --refine {options.refine}, {seeds} run seeds; "
+        f"winners measured on {options.comparison_seeds} fresh seeds."
+    )
+    yield ""
+    rows = [
+        [
+            label,
+            f"{statistics.fmean(entry.runs for entry in entries):.0f}",
+            str(Estimate.of(entry.fresh for entry in entries)),
+            str(Estimate.of(entry.test for entry in entries)),
+        ]
+        for label, entries in (("refining", refining), ("plain, more generations", plain))
+    ]
+    gains = [
+        Estimate.of(
+            getattr(a, name) - getattr(b, name) for a, b in zip(refining, plain, strict=True)
+        )
+        for name in ("fresh", "test")
+    ]
+    rows.append(["difference", "", *map(str, gains)])
+    yield from markdown(["evolution", "training runs of the search", "fresh seeds", worth], rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
