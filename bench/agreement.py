@@ -33,10 +33,14 @@ LOOPS = (SOURCE, "float32", "bfloat16")  # the source's, ours in a precision
 TASKS = ("mnist", "fashion_mnist", "cifar10")  # the cheap ones first
 SEEDS = (0, 1, 2)
 
-# The last three were drawn as the search draws its first population, and are those of the first
+# The source system's, and three drawn as the search draws its first population: those of the first
 # twelve draws that learn without resembling each other; rounded.
 GENOMES = {
-    **zoo.GENOMES,
+    "sgd_momentum": zoo.sgd_momentum,
+    "rmsprop": zoo.rmsprop,
+    "adam": zoo.adam,
+    "adamw": zoo.adamw,
+    "evolved_2025": zoo.evolved_2025,
     "random_adam": Genome(
         ["NESTEROV", "ADAM_TERM"],
         [-0.919, 0.931],

@@ -1,4 +1,4 @@
-"""Named genomes: the four baselines of the source system and its published result.
+"""Named genomes: the four baselines of the source system, its published result, and our own.
 
 The baselines coincide with torch.optim (python_tests/test_reference.py holds them to it):
 ``rmsprop`` with ``RMSprop(lr=1e-3, alpha=0.99)``, ``adam`` with ``Adam(lr=1e-3)``, ``adamw`` with
@@ -10,7 +10,15 @@ import math
 
 from evokernels.genome import Genome, Term
 
-__all__ = ["GENOMES", "adam", "adamw", "evolved_2025", "rmsprop", "sgd_momentum"]
+__all__ = [
+    "GENOMES",
+    "adam",
+    "adamw",
+    "evolved_2025",
+    "evolved_2026",
+    "rmsprop",
+    "sgd_momentum",
+]
 
 sgd_momentum = Genome(
     term_types=[Term.MOMENTUM],
@@ -50,10 +58,30 @@ evolved_2025 = Genome(
     use_cosine_decay=True,
 )
 
+# The winner of bench/results/paper: four Adam terms, which are one.
+evolved_2026 = Genome(
+    term_types=[Term.ADAM_TERM, Term.ADAM_TERM, Term.ADAM_TERM, Term.ADAM_TERM],
+    alphas=[0.7151711091615751, 1.052861791231629, -0.010251099229753754, 0.7968245553222923],
+    lr_log10=-3.130986606840545,
+    beta1=0.6032826292699346,
+    beta2=0.8937168818803995,
+    eps_log10=-8.166371547235908,
+    wd_log10=-2.0,
+    use_m=True,
+    use_v=True,
+    use_bias_correction=False,
+    use_gradient_clipping=False,
+    clip_value=1.2271999233493838,
+    use_warmup=True,
+    warmup_steps=97,
+    use_cosine_decay=True,
+)
+
 GENOMES = {
     "sgd_momentum": sgd_momentum,
     "rmsprop": rmsprop,
     "adam": adam,
     "adamw": adamw,
     "evolved_2025": evolved_2025,
+    "evolved_2026": evolved_2026,
 }

@@ -239,6 +239,8 @@ def start(folder, workers, *options):
             stdout=subprocess.DEVNULL,
             stderr=errors,
             start_new_session=True,
+            # a shell that runs the tests in its background has had them ignore Ctrl-C
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
 

@@ -479,8 +479,14 @@ def test_the_zoo_lists_its_genomes():
         "adam": zoo.adam,
         "adamw": zoo.adamw,
         "evolved_2025": zoo.evolved_2025,
+        "evolved_2026": zoo.evolved_2026,
     } == zoo.GENOMES
-    assert len(set(zoo.GENOMES.values())) == 5
+    assert len(set(zoo.GENOMES.values())) == 6
+
+
+def test_evolved_2026_is_what_the_recorded_run_found():
+    results = pathlib.Path(__file__).parents[1] / "bench" / "results"
+    assert Genome.load(results / "paper" / "best_genome.json") == zoo.evolved_2026
 
 
 # Schedule: (warmup steps or None, total steps or None for no cosine, step from 0, factor by hand)
