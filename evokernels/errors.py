@@ -1,6 +1,7 @@
 """Every error a user can cause. A message says what was given, what is allowed and what to do."""
 
 __all__ = [
+    "ArchitectureError",
     "BackendError",
     "DatasetError",
     "EvokernelsError",
@@ -20,6 +21,10 @@ class EvokernelsError(Exception):
 
 class GenomeError(EvokernelsError, ValueError):
     """A genome field, or a genome file, is not valid."""
+
+
+class ArchitectureError(EvokernelsError, ValueError):
+    """An architecture, or its file, is not valid."""
 
 
 class OptimizerError(EvokernelsError, ValueError):

@@ -17,21 +17,22 @@ PUBLIC = "evokernels"  # evokernels/__init__.py
 MAY_IMPORT = {
     "errors": set(),
     "genome": {"errors"},
+    "architecture": {"errors"},
     "zoo": {"genome", "errors"},
     "compiler": {"genome", "errors", "numpy"},
     "kernels": {"compiler", "errors", "numpy", "torch", "triton", "cuda"},
     "optim": {"kernels", "compiler", "genome", "errors", "numpy", "torch"},
     "es": {"optim", "kernels", "errors", "numpy", "torch"},
     "explain": {"kernels", "compiler", "genome", "errors", "torch"},
-    "tasks": {"kernels", "errors", "numpy", "torch", "torchvision"},
-    "search": {"genome", "errors", "zoo", "numpy"},
+    "tasks": {"kernels", "architecture", "errors", "numpy", "torch", "torchvision"},
+    "search": {"genome", "architecture", "errors", "zoo", "numpy"},
     "evolution": {
-        *("search", "optim", "tasks", "compiler", "genome", "zoo", "errors"),
+        *("search", "optim", "tasks", "compiler", "genome", "architecture", "zoo", "errors"),
         *("torch", "numpy", "matplotlib", "tqdm", "pytorch_optimizer"),
     },
     # public names and nothing else, so nothing from outside
     PUBLIC: {
-        *("errors", "genome", "zoo", "compiler", "kernels", "optim", "explain"),
+        *("errors", "genome", "architecture", "zoo", "compiler", "kernels", "optim", "explain"),
         *("es", "tasks", "search", "evolution"),
     },
 }
