@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import pathlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from evokernels.evolution.audit import Audit, audit_csv
 from evokernels.evolution.comparison import Comparison
+from evokernels.evolution.figures import BEST_COLOUR, MEAN_COLOUR, new_figure, save_figure
 from evokernels.evolution.files import csv_text, write_atomically
 from evokernels.evolution.history import Generation
 from evokernels.evolution.ledger import Cost, ledger_csv
 from evokernels.evolution.settings import RunSettings
 from evokernels.evolution.winner import Winner, winner_csv
 from evokernels.genome import Genome
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 __all__ = [
     "COMPARISON_FILES",
@@ -37,8 +33,6 @@ BEST_GENOME, HISTORY, EVOLUTION_PLOT = "best_genome.json", "history.csv", "evolu
 WINNER, LEDGER, AUDIT = "winner.csv", "ledger.csv", "audit.csv"
 FILES = BEST_GENOME, HISTORY, EVOLUTION_PLOT, WINNER, LEDGER  # and AUDIT, if one was asked for
 COMPARISON_FILES = COMPARISON_TABLE, COMPARISON_PLOT = "comparison.csv", "comparison.png"
-
-BEST_COLOUR, MEAN_COLOUR = "#0b6e4f", "#8a8a8a"
 
 
 def history_csv(history: Sequence[Generation]) -> str:
@@ -115,7 +109,7 @@ def plot_history(folder: pathlib.Path, history: Sequence[Generation]) -> None:
     else:
         panels[0] = (tasks[0], *panels[0][1:])
     numbers = [entry.number + 1 for entry in history]
-    figure = _figure(3.6 * len(panels) + 0.6, 3.4)
+    figure = new_figure(3.6 * len(panels) + 0.6, 3.4)
     for place, (title, best, mean) in enumerate(panels, start=1):
         axes = figure.add_subplot(1, len(panels), place)
         axes.plot(numbers, best, color=BEST_COLOUR, marker="o", markersize=3, label="best")
@@ -128,7 +122,7 @@ def plot_history(folder: pathlib.Path, history: Sequence[Generation]) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right")
-    _save(figure, folder / EVOLUTION_PLOT)
+    save_figure(figure, folder / EVOLUTION_PLOT)
 
 
 def write_comparison(
@@ -154,7 +148,7 @@ def _plot_comparison(path: pathlib.Path, comparison: Comparison, tuned: Comparis
     labels = ["/".join(pathlib.PurePath(name).parts[-2:]) for name in comparison.optimizers]
     legend_width = 0.7 + 0.09 * max(map(len, labels))
     wide = 1.5 + 0.4 * len(groups) * max(count, 3) + legend_width
-    figure = _figure(wide, 3.6 * len(versions))
+    figure = new_figure(wide, 3.6 * len(versions))
     # the usual ten, or more in pairs of dark and light
     colours = matplotlib.color_sequences["tab10" if count <= 10 else "tab20"]
     for row, (version, title) in enumerate(zip(versions, ("untuned", "tuned"), strict=False), 1):
@@ -184,21 +178,4 @@ def _plot_comparison(path: pathlib.Path, comparison: Comparison, tuned: Comparis
         if tuned is not None:
             axes.set_title(title)
     figure.legend(loc="outside right upper")
-    _save(figure, path)
-
-
-def _figure(width: float, height: float) -> Figure:
-    """A figure of that many inches, drawn without a display and without pyplot's global state."""
-    # imported here: it takes half a second, which `--help` and every worker would pay
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)  # attaches itself
-    return figure
-
-
-def _save(figure: Figure, path: pathlib.Path) -> None:
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150)
-    write_atomically(path, image.getvalue())
+    save_figure(figure, path)

@@ -20,7 +20,7 @@ from evokernels.evolution.pool import open_pool
 from evokernels.evolution.refining import Refiner
 from evokernels.evolution.rounds import Rounds
 from evokernels.evolution.settings import RunSettings
-from evokernels.evolution.winner import Winner, choose_winner, measure_winner
+from evokernels.evolution.winner import Winner, choose_winner, measure_winner, trials_of
 from evokernels.search.genetic import GeneticSearch, Scored, State
 
 __all__ = ["RunResult", "evolve"]
@@ -128,7 +128,9 @@ class _Run:
         )
         report.write_best_genome(self.folder, best.genome)
         comparison = self._compare(best)
-        winner = measure_winner(self.settings, self.evaluations, best)
+        winner = measure_winner(
+            self.settings, self.evaluations, best.score.fitness, trials_of(best.genome)
+        )
         report.write_winner(self.folder, winner, self.settings)
         audited = audit(self.settings, self.evaluations, self.audits, 0)
         if audited is not None:

@@ -9,20 +9,27 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from evokernels.compiler.canonical import canonical_key
 from evokernels.evolution.comparison import Estimate
 from evokernels.evolution.evaluations import Evaluations, Request
 from evokernels.evolution.files import csv_text
 from evokernels.evolution.fitness import genome_score
-from evokernels.evolution.settings import RunSettings
+from evokernels.evolution.settings import RunSettings, TrainingSettings
 from evokernels.evolution.trial import Outcome, Purpose, Trial
 from evokernels.genome import Genome
 from evokernels.search.genetic import Scored
-from evokernels.search.score import Score
 
-__all__ = ["Winner", "choose_winner", "measure_winner", "winner_csv"]
+__all__ = [
+    "TrialOf",
+    "Winner",
+    "choose_winner",
+    "final_runs",
+    "measure_winner",
+    "trials_of",
+    "winner_csv",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +50,10 @@ class Winner:
     def bias(self) -> Estimate:
         """How far selection has overestimated it; the error is that of `fresh`."""
         return Estimate(self.selected - self.fresh.mean, self.fresh.error)
+
+
+# The training run of a candidate: on a task, with a seed, for a purpose.
+TrialOf = Callable[[str, int, Purpose], Trial]
 
 
 def choose_winner(
@@ -66,59 +77,68 @@ def choose_winner(
     finalists: dict[str, Scored] = {}
     for scored in (best, *ranked):
         finalists.setdefault(canonical_key(scored.genome), scored)
-    chosen = dict(list(finalists.items())[: settings.finalists])
+    chosen = list(finalists.values())[: settings.finalists]
     if len(chosen) == 1:
         return best
-
-    def trial(scored: Scored, task: str, seed: int) -> Trial:
-        return Trial(scored.genome, task, seed, Purpose.AUDIT)
-
-    evaluations.make(
-        [
-            Request(trial(scored, task, seed), key)
-            for key, scored in chosen.items()
-            for task in settings.tasks
-            for seed in settings.final_seeds
-        ],
-        still_to_come,
-        "finalists",
-    )
-
-    def final_score(scored: Scored) -> Score:
-        return genome_score(
-            {
-                task: [
-                    evaluations.outcome(trial(scored, task, seed)) for seed in settings.final_seeds
-                ]
-                for task in settings.tasks
-            }
-        )
-
+    trials = [trials_of(scored.genome) for scored in chosen]
+    scores = map(genome_score, final_runs(settings, evaluations, trials, still_to_come))
     # of equals the one that the search ranks higher
-    return max(chosen.values(), key=lambda scored: final_score(scored).rank)
+    return max(zip(chosen, scores, strict=True), key=lambda entry: entry[1].rank)[0]
 
 
-def measure_winner(settings: RunSettings, evaluations: Evaluations, winner: Scored) -> Winner:
-    """From the runs of the comparison, which must have been made."""
+def final_runs(
+    settings: TrainingSettings,
+    evaluations: Evaluations,
+    finalists: Sequence[TrialOf],
+    still_to_come: int,
+) -> list[dict[str, list[Outcome]]]:
+    """How each finalist does on the final seeds: for each task, its runs.
 
-    def estimate(genome: Genome, worth: str) -> Estimate:
+    Args:
+        still_to_come: as in `Evaluations.make`.
+    """
+    by_task = [
+        {
+            task: [trial(task, seed, Purpose.AUDIT) for seed in settings.final_seeds]
+            for task in settings.tasks
+        }
+        for trial in finalists
+    ]
+    trials = [trial for runs in by_task for several in runs.values() for trial in several]
+    evaluations.make(map(Request.after_search, trials), still_to_come, "finalists")
+    return [
+        {task: [evaluations.outcome(trial) for trial in several] for task, several in runs.items()}
+        for runs in by_task
+    ]
+
+
+def measure_winner(
+    settings: TrainingSettings, evaluations: Evaluations, selected: float, winner: TrialOf
+) -> Winner:
+    """From the runs of the comparison, which must have been made.
+
+    Args:
+        selected: its fitness in the search.
+    """
+
+    def estimate(worth: str) -> Estimate:
         def of_seed(seed: int) -> float:
-            outcomes: list[Outcome] = [
-                evaluations.outcome(Trial(genome, task, seed, Purpose.REPORT))
+            return statistics.fmean(
+                getattr(evaluations.outcome(winner(task, seed, Purpose.REPORT)), worth)
                 for task in settings.tasks
-            ]
-            return statistics.fmean(getattr(outcome, worth) for outcome in outcomes)
+            )
 
         return Estimate.of(map(of_seed, settings.fresh_seeds))
 
-    return Winner(
-        winner.score.fitness,
-        estimate(winner.genome, "fitness"),
-        estimate(winner.genome, "test_fitness"),
-    )
+    return Winner(selected, estimate("fitness"), estimate("test_fitness"))
 
 
-def winner_csv(winner: Winner, settings: RunSettings) -> str:
+def trials_of(genome: Genome) -> TrialOf:
+    """Of a genome that trains the tasks' own networks."""
+    return lambda task, seed, purpose: Trial(genome, task, seed, purpose)
+
+
+def winner_csv(winner: Winner, settings: TrainingSettings) -> str:
     """One line: how the winner was selected, what fresh seeds say, and the bias.
 
     The protocol is "parity" where it is that of the source system.
