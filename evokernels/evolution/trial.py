@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import hashlib
+from collections.abc import Iterable
 
 from evokernels.architecture import Architecture
 from evokernels.evolution.baselines import Baseline, optimizer_key
@@ -13,7 +14,7 @@ from evokernels.genome import Genome
 from evokernels.search.score import Status
 from evokernels.tasks import get_task
 
-__all__ = ["Conditions", "Outcome", "Purpose", "Trial"]
+__all__ = ["Conditions", "Outcome", "Purpose", "Trial", "network_key"]
 
 
 class Purpose(enum.Enum):
@@ -50,9 +51,18 @@ class Trial:
         optimizer = optimizer_key(self.optimizer)
         if self.architecture is None:
             return optimizer
-        components = get_task(self.task).decode(self.architecture).components
-        digest = hashlib.sha256("\n".join(components).encode()).hexdigest()[:16]
-        return f"{optimizer} on {digest}"
+        return f"{optimizer} on {network_key(self.architecture, [self.task])}"
+
+
+def network_key(architecture: Architecture, tasks: Iterable[str]) -> str:
+    """Equal for architectures that decode alike on each of the tasks.
+
+    Raises:
+        ArchitectureError: a task has no network of this architecture.
+    """
+    kept = [get_task(task).decode(architecture).components for task in tasks]
+    text = "\n\n".join("\n".join(components) for components in kept)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)

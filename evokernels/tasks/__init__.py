@@ -1,6 +1,7 @@
 """What genomes are trained on: images or text in memory, its batches and the networks."""
 
 from evokernels.tasks.batches import Batches, Draw, TaskData, stack_draws, training_batches
+from evokernels.tasks.costs import Cost, cost_of, own_cost
 from evokernels.tasks.datasets import load_images
 from evokernels.tasks.decoding import Decoded, build, decode
 from evokernels.tasks.images import ImageData
@@ -16,6 +17,7 @@ __all__ = [
     "CharTransformer",
     "CifarCNN",
     "ConvNet",
+    "Cost",
     "Decoded",
     "Draw",
     "ImageData",
@@ -25,10 +27,12 @@ __all__ = [
     "TaskData",
     "TextData",
     "build",
+    "cost_of",
     "decode",
     "get_task",
     "load_images",
     "load_text",
+    "own_cost",
     "parameters_of",
     "stack_draws",
     "training_batches",
