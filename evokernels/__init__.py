@@ -3,12 +3,21 @@
 import sys
 
 from evokernels import zoo
+from evokernels.architecture import Architecture
 from evokernels.errors import EvokernelsError
 from evokernels.explain import explain
 from evokernels.genome import Genome, Term
 from evokernels.optim import FusedEvolvedOptimizer
 
-__all__ = ["EvokernelsError", "FusedEvolvedOptimizer", "Genome", "Term", "explain", "zoo"]
+__all__ = [
+    "Architecture",
+    "EvokernelsError",
+    "FusedEvolvedOptimizer",
+    "Genome",
+    "Term",
+    "explain",
+    "zoo",
+]
 
 # `import evokernels.FusedEvolvedOptimizer` is how the class has been asked for: a name listed here
 # is found by the import statement, although it is no module.

@@ -6,17 +6,15 @@ What a sequence becomes for images of a given shape, `evokernels.tasks.decoding`
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import pathlib
+import difflib
+import numbers
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
+from evokernels.document import Document
 from evokernels.errors import ArchitectureError
 
-__all__ = ["CATALOGUE", "MAX_LENGTH", "Architecture"]
-
-SCHEMA_VERSION = 1
+__all__ = ["CATALOGUE", "LEAST_PARAMETERS", "MAX_LENGTH", "SIZES", "Architecture", "kind_and_size"]
 
 MAX_LENGTH = 24
 LEAST_PARAMETERS = 1_000
@@ -32,7 +30,7 @@ SIZES: dict[str, tuple[float, ...]] = {
     "batchnorm": (),
     "relu": (),
     "gelu": (),
-    "dropout": (0.1, 0.25, 0.5),
+    "dropout": (0.1, 0.25, 0.3, 0.5),
     "dense": (32, 64, 128, 256, 512),
 }
 
@@ -44,8 +42,14 @@ CATALOGUE: tuple[str, ...] = tuple(
 )
 
 
+def kind_and_size(component: str) -> tuple[str, float | None]:
+    """Of a name of `CATALOGUE`; no size (None) for a kind that has none."""
+    kind, _, size = component.partition(" ")
+    return kind, float(size) if size else None
+
+
 @dataclasses.dataclass(frozen=True)
-class Architecture:
+class Architecture(Document):
     """A network as a sequence of components: immutable, hashable, validated on construction.
 
     Args:
@@ -57,5 +61,54 @@ class Architecture:
         ArchitectureError: naming the field, the value given and the values allowed.
     """
 
+    NOUN: ClassVar[str] = "architecture"
+    ERROR: ClassVar[type[ArchitectureError]] = ArchitectureError
+    NO_CONSTANT: ClassVar[str] = "an architecture has whole numbers only"
+
     components: Sequence[str] = ()
     max_parameters: int = 1_000_000
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "components", _checked_components(self.components))
+        object.__setattr__(self, "max_parameters", _checked_budget(self.max_parameters))
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict."""
+        return {
+            "schema_version": self.SCHEMA_VERSION,
+            "components": list(self.components),
+            "max_parameters": self.max_parameters,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Architecture:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ArchitectureError: unknown or missing field, unknown version, or an invalid value.
+        """
+        return cls(**cls._fields(data, versioned=True))
+
+
+def _checked_components(value: Any) -> tuple[str, ...]:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise ArchitectureError(f"components must be a list or tuple of names, got {value!r}")
+    if len(value) > MAX_LENGTH:
+        raise ArchitectureError(
+            f"components has {len(value)} entries; an architecture has at most {MAX_LENGTH}"
+        )
+    for name in value:
+        if name not in CATALOGUE:
+            close = difflib.get_close_matches(str(name), CATALOGUE, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(CATALOGUE)}"
+            raise ArchitectureError(f"components holds {name!r}, which is no component; {hint}")
+    return tuple(value)
+
+
+def _checked_budget(value: Any) -> int:
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or value < LEAST_PARAMETERS:
+        raise ArchitectureError(
+            f"max_parameters must be a whole number of at least {LEAST_PARAMETERS:,}, got {value!r}"
+        )
+    return int(value)

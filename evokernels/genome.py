@@ -6,23 +6,17 @@ What the fields mean for a training step is defined in ARCHITECTURE.md, "The rul
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
-import json
 import math
 import numbers
-import os
-import pathlib
 import reprlib
-import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
+from evokernels.document import Document
 from evokernels.errors import GenomeError
 
 __all__ = ["Genome", "Term"]
-
-SCHEMA_VERSION = 1
 
 
 class Term(enum.IntEnum):
@@ -87,7 +81,7 @@ VALID_ALPHA = Interval(-1e6, 1e6)
 
 
 @dataclasses.dataclass(frozen=True)
-class Genome:
+class Genome(Document):
     """One optimizer update rule: immutable, hashable, validated on construction.
 
     Args:
@@ -110,6 +104,10 @@ class Genome:
     Raises:
         GenomeError: naming the field, the value given and the values allowed.
     """
+
+    NOUN: ClassVar[str] = "genome"
+    ERROR: ClassVar[type[GenomeError]] = GenomeError
+    NO_CONSTANT: ClassVar[str] = "no weight decay is null"
 
     term_types: Sequence[Term | str | int] = (Term.GRAD,)
     alphas: Sequence[float] = (1.0,)
@@ -160,7 +158,7 @@ class Genome:
         fields["term_types"] = [term.name for term in self.term_types]
         fields["alphas"] = list(self.alphas)
         fields["wd_log10"] = None if self.wd_log10 == -math.inf else self.wd_log10
-        return {"schema_version": SCHEMA_VERSION, **fields}
+        return {"schema_version": self.SCHEMA_VERSION, **fields}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Genome:
@@ -173,66 +171,10 @@ class Genome:
         Raises:
             GenomeError: unknown or missing field, unknown version, or an invalid value.
         """
-        if not isinstance(data, Mapping):
-            raise GenomeError(f"a genome is a JSON object, got {type(data).__name__}")
-        fields = dict(data)
-        versioned = "schema_version" in fields
-        version = fields.pop("schema_version", SCHEMA_VERSION)
-        if version != SCHEMA_VERSION or isinstance(version, bool):
-            raise GenomeError(
-                f"schema_version is {version!r}, this release reads {SCHEMA_VERSION}; "
-                "read the file with the release of evokernels that wrote it"
-            )
-        known = [f.name for f in dataclasses.fields(cls)]
-        for name in fields:
-            if name not in known:
-                close = difflib.get_close_matches(str(name), known, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-                raise GenomeError(f"unknown genome field {name!r}; {hint}")
-        missing = [name for name in known if name not in fields]
-        if versioned and missing:
-            raise GenomeError(f"genome lacks {', '.join(missing)}; a versioned genome has them all")
+        fields = cls._fields(data, versioned=False)
         if fields.get("wd_log10", 0) is None:
             fields["wd_log10"] = -math.inf
         return cls(**fields)
-
-    def to_json(self) -> str:
-        """Standard JSON (no NaN or Infinity), every digit kept, newline at the end."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Genome:
-        """The inverse of `to_json`; raises GenomeError for text that is no valid genome."""
-        try:
-            data = json.loads(text, parse_constant=_no_constant)
-        except (ValueError, RecursionError) as error:  # also numbers and nesting beyond all bounds
-            raise GenomeError(f"not JSON: {error}") from None
-        return cls.from_dict(data)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the genome as JSON; a reader never sees half a file.
-
-        Raises:
-            GenomeError: naming the file that cannot be written; what was there before stays.
-        """
-        path = pathlib.Path(path)
-        try:
-            # deleted when left, unless it has become the result
-            with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-                part = pathlib.Path(folder, "part")
-                part.write_text(self.to_json(), encoding="utf-8")
-                os.replace(part, path)
-        except OSError as error:
-            reason = error.strerror or error
-            raise GenomeError(f"cannot write genome {os.fspath(path)!r}: {reason}") from None
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Genome:
-        """Read a JSON genome; raises GenomeError naming the file."""
-        try:
-            return cls.from_json(pathlib.Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, GenomeError) as error:
-            raise GenomeError(f"cannot read genome {os.fspath(path)!r}: {error}") from None
 
 
 def _normalised(field: dataclasses.Field, value: Any) -> Any:
@@ -269,8 +211,3 @@ def _number(name: str, value: Any, allowed: Interval) -> float:
     if number not in allowed:
         raise GenomeError(f"{name} must lie in {allowed}, got {reprlib.repr(value)}")
     return number
-
-
-def _no_constant(token: str) -> float:
-    """Python's json reads NaN and Infinity, which JSON does not have."""
-    raise ValueError(f"{token} is no number in JSON; no weight decay is null")

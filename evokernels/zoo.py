@@ -1,5 +1,7 @@
 """Named genomes: the four baselines of the source system, its published result, and our own.
 
+Also its two networks as architectures.
+
 The baselines coincide with torch.optim (python_tests/test_reference.py holds them to it):
 ``rmsprop`` with ``RMSprop(lr=1e-3, alpha=0.99)``, ``adam`` with ``Adam(lr=1e-3)``, ``adamw`` with
 ``AdamW(lr=1e-3, weight_decay=1e-2)`` and ``sgd_momentum`` with ``SGD(lr=1e-3, momentum=0.9)``: the
@@ -8,16 +10,20 @@ first moment is an average, ten times smaller than torch's sum, so lr 1e-2 here 
 
 import math
 
+from evokernels.architecture import Architecture
 from evokernels.genome import Genome, Term
 
 __all__ = [
+    "ARCHITECTURES",
     "GENOMES",
     "adam",
     "adamw",
+    "cifar_cnn",
     "evolved_2025",
     "evolved_2026",
     "rmsprop",
     "sgd_momentum",
+    "small_cnn",
 ]
 
 sgd_momentum = Genome(
@@ -85,3 +91,24 @@ GENOMES = {
     "evolved_2025": evolved_2025,
     "evolved_2026": evolved_2026,
 }
+
+# On grey images of 28×28 the layers of `evokernels.tasks.SmallCNN`: 824,458 parameters.
+small_cnn = Architecture(
+    components=[
+        *("conv3x3 32", "relu", "maxpool"),
+        *("conv3x3 64", "relu", "maxpool"),
+        *("dense 256", "relu", "dropout 0.3"),
+    ]
+)
+
+# On colour images of 32×32 the layers of `evokernels.tasks.CifarCNN`: 2,168,554 parameters.
+cifar_cnn = Architecture(
+    components=[
+        *("conv3x3 32", "batchnorm", "relu", "conv3x3 32", "relu", "maxpool", "dropout 0.25"),
+        *("conv3x3 64", "batchnorm", "relu", "conv3x3 64", "relu", "maxpool", "dropout 0.25"),
+        *("dense 512", "relu", "dropout 0.5"),
+    ],
+    max_parameters=2_500_000,
+)
+
+ARCHITECTURES = {"small_cnn": small_cnn, "cifar_cnn": cifar_cnn}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 
-from evokernels.evolution.baselines import optimizer_key
 from evokernels.evolution.journal import Entry, Journal
 from evokernels.evolution.pool import Pool
 from evokernels.evolution.trial import Outcome, Purpose, Trial
@@ -27,7 +26,7 @@ class Request:
     @classmethod
     def after_search(cls, trial: Trial) -> Request:
         """Of what no generation needs."""
-        return cls(trial, optimizer_key(trial.optimizer))
+        return cls(trial, trial.key)
 
 
 class Evaluations:
@@ -78,5 +77,4 @@ class Evaluations:
 
     def outcome(self, trial: Trial) -> Outcome:
         """How a trial ended that was made before."""
-        key = optimizer_key(trial.optimizer)
-        return self.entry(key, trial.task, trial.seed, trial.purpose).outcome
+        return self.entry(trial.key, trial.task, trial.seed, trial.purpose).outcome

@@ -72,7 +72,7 @@ def evaluate(trial: Trial, conditions: Conditions, data: TaskData, device: str =
     accuracy = loss = test_accuracy = None
     keep_memory()
     with reproducible(place, trial.seed):  # initial weights, then dropout
-        model = get_task(trial.task).model(data.classes).to(device=place, memory_format=LAYOUT)
+        model = _network(trial, data.classes).to(device=place, memory_format=LAYOUT)
         twice = hessian_passes(trial.optimizer, conditions.steps) > 0
         model = computing(model, place, conditions.precision, plain=twice)
         losses = _train(model, trial, conditions, copied, hurdle)
@@ -87,6 +87,12 @@ def evaluate(trial: Trial, conditions: Conditions, data: TaskData, device: str =
                 test_accuracy = accuracy if parity else _accuracy(model, copied, "test")
     seconds = time.perf_counter() - start
     return Outcome(status, fitness, accuracy, loss, steps, seconds, _digest(data), test_accuracy)
+
+
+def _network(trial: Trial, classes: int) -> torch.nn.Module:
+    """The architecture's where there is one, else the task's own."""
+    task = get_task(trial.task)
+    return task.model(classes) if trial.architecture is None else task.build(trial.architecture)
 
 
 def _train(

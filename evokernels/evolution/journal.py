@@ -17,8 +17,14 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from evokernels.architecture import Architecture
 from evokernels.errors import JournalError
-from evokernels.evolution.baselines import Baseline, optimizer_from_json
+from evokernels.evolution.records import (
+    individual_from_json,
+    to_json,
+    trained_from_json,
+    trained_to_json,
+)
 from evokernels.evolution.schema import SCHEMA, SCHEMA_VERSION
 from evokernels.evolution.trial import Outcome, Purpose, Trial
 from evokernels.genome import Genome
@@ -48,7 +54,7 @@ class Entry:
     Attributes:
         generation: of the search; None after it.
         place: in that generation; None after the search.
-        key: `evokernels.evolution.baselines.optimizer_key` of the optimizer.
+        key: of the trial.
     """
 
     generation: int | None
@@ -93,7 +99,7 @@ class Journal:
         return self._count
 
     def find(self, key: str, task: str, seed: int, purpose: Purpose) -> Entry | None:
-        """The evaluation of this optimizer on this task with this seed, if there is one."""
+        """The evaluation of what has this key on this task with this seed, if there is one."""
         with _clear_errors(self.path):
             row = self._connection.execute(
                 f"SELECT {COLUMNS} FROM evaluation "
@@ -103,7 +109,7 @@ class Journal:
             return None if row is None else _entry(row)
 
     def begin_generation(
-        self, generation: int, genomes: Sequence[tuple[str, Genome]], first: int = 0
+        self, generation: int, genomes: Sequence[tuple[str, Genome | Architecture]], first: int = 0
     ) -> None:
         """Record genomes of a generation, or see that they are those that were recorded.
 
@@ -114,7 +120,7 @@ class Journal:
         Raises:
             JournalError: it has recorded others.
         """
-        rows = {place: (_json(genome), key) for place, (key, genome) in enumerate(genomes, first)}
+        rows = {place: (to_json(genome), key) for place, (key, genome) in enumerate(genomes, first)}
         with _clear_errors(self.path):
             recorded = {
                 place: (genome, key)
@@ -190,7 +196,7 @@ class Journal:
                 "began with; point the data folder back at those, or use another run folder"
             )
         row = (
-            *(entry.generation, entry.place, _json(trial.optimizer)),
+            *(entry.generation, entry.place, trained_to_json(trial)),
             *(entry.key, trial.task, trial.seed, trial.purpose.value),
             *(outcome.status.value, outcome.fitness, outcome.accuracy, outcome.final_loss),
             *(outcome.steps, outcome.seconds, outcome.data, outcome.test_accuracy),
@@ -332,7 +338,7 @@ def _check(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
         for row in connection.execute(f"SELECT {COLUMNS} FROM evaluation"):
             _entry(row)
         for (genome,) in connection.execute("SELECT genome FROM candidate"):
-            Genome.from_json(genome)
+            individual_from_json(genome)
         (text,) = connection.execute("SELECT settings FROM run").fetchone()
         (evaluations,) = connection.execute("SELECT count(*) FROM evaluation").fetchone()
     if not evaluations:
@@ -357,13 +363,10 @@ def _connect(path: pathlib.Path, mode: str) -> sqlite3.Connection:
     )
 
 
-def _json(optimizer: Genome | Baseline) -> str:
-    return json.dumps(optimizer.to_dict(), allow_nan=False)
-
-
 def _entry(row: tuple) -> Entry:
     generation, place, genome, key, task, seed, purpose, status, *measured = row
-    trial = Trial(optimizer_from_json(genome), task, seed, Purpose(purpose))
+    optimizer, architecture = trained_from_json(genome)
+    trial = Trial(optimizer, task, seed, Purpose(purpose), architecture)
     return Entry(generation, place, key, trial, Outcome(Status(status), *measured))
 
 

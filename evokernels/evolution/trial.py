@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import hashlib
 
-from evokernels.evolution.baselines import Baseline
+from evokernels.architecture import Architecture
+from evokernels.evolution.baselines import Baseline, optimizer_key
 from evokernels.evolution.fitness import run_fitness
 from evokernels.genome import Genome
 from evokernels.search.score import Status
+from evokernels.tasks import get_task
 
 __all__ = ["Conditions", "Outcome", "Purpose", "Trial"]
 
@@ -23,12 +26,33 @@ class Purpose(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One training run: what is trained, on what (task), with which randomness (seed), and why."""
+    """One training run: what is trained, on what (task), with which randomness (seed), and why.
+
+    Without an architecture the task's own network is trained.
+    """
 
     optimizer: Genome | Baseline
     task: str
     seed: int
     purpose: Purpose = Purpose.SEARCH
+    architecture: Architecture | None = None
+
+    @property
+    def key(self) -> str:
+        """Equal for trials that are one optimizer and one network, if their tasks are equal.
+
+        The key of the optimizer; behind it, where there is an architecture, a digest of what that
+        decodes to on the task: architectures that decode alike are trained once.
+
+        Raises:
+            ArchitectureError: the task has no network of this architecture.
+        """
+        optimizer = optimizer_key(self.optimizer)
+        if self.architecture is None:
+            return optimizer
+        components = get_task(self.task).decode(self.architecture).components
+        digest = hashlib.sha256("\n".join(components).encode()).hexdigest()[:16]
+        return f"{optimizer} on {digest}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 from evokernels.tasks.batches import Batches, Draw, TaskData, stack_draws, training_batches
 from evokernels.tasks.datasets import load_images
+from evokernels.tasks.decoding import Decoded, build, decode
 from evokernels.tasks.images import ImageData
 from evokernels.tasks.layers import NativeNetwork
 from evokernels.tasks.models import CifarCNN, ConvNet, SmallCNN
-from evokernels.tasks.registry import TASKS, Task, get_task
+from evokernels.tasks.registry import TASKS, Task, get_task, parameters_of
 from evokernels.tasks.texts import TextData, load_text
 from evokernels.tasks.transformer import CharTransformer
 
@@ -15,6 +16,7 @@ __all__ = [
     "CharTransformer",
     "CifarCNN",
     "ConvNet",
+    "Decoded",
     "Draw",
     "ImageData",
     "NativeNetwork",
@@ -22,9 +24,12 @@ __all__ = [
     "Task",
     "TaskData",
     "TextData",
+    "build",
+    "decode",
     "get_task",
     "load_images",
     "load_text",
+    "parameters_of",
     "stack_draws",
     "training_batches",
 ]

@@ -39,6 +39,12 @@ class Source:
     classes: int
     torchvision_class: str | None
 
+    @property
+    def channels_first(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        height, width, *channels = self.image_shape
+        return (*(channels or [1]), height, width)
+
 
 SOURCES = {
     "mnist": Source((28, 28), (0.1307,), (0.3081,), 10, "MNIST"),

@@ -8,14 +8,16 @@ from collections.abc import Callable
 
 from torch import nn
 
-from evokernels.errors import DatasetError
+from evokernels.architecture import Architecture
+from evokernels.errors import ArchitectureError, DatasetError
 from evokernels.tasks.batches import TaskData
-from evokernels.tasks.datasets import load_images
+from evokernels.tasks.datasets import SOURCES, load_images
+from evokernels.tasks.decoding import Decoded, build, decode
 from evokernels.tasks.models import CifarCNN, SmallCNN
 from evokernels.tasks.texts import load_text
 from evokernels.tasks.transformer import CharTransformer
 
-__all__ = ["TASKS", "Task", "get_task"]
+__all__ = ["TASKS", "Task", "get_task", "parameters_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,15 +29,41 @@ class Task:
         load: returns its data, given the data folder, train_samples and validation_samples (see
             `load_images`); the data says whether it is augmented.
         model: returns a new, freshly initialised network, given the number of classes.
+        shape: of its images, channels first; None for a task without images.
+        classes: of its images; None for a task without images.
     """
 
     name: str
     load: Callable[[str | None, int | None, int], TaskData]
     model: Callable[[int], nn.Module]
+    shape: tuple[int, int, int] | None = None
+    classes: int | None = None
+
+    def decode(self, architecture: Architecture) -> Decoded:
+        """What the architecture becomes on this task.
+
+        Raises:
+            ArchitectureError: the task has no images, or as `evokernels.tasks.decode`.
+        """
+        return decode(architecture, *self._images())
+
+    def build(self, architecture: Architecture) -> nn.Module:
+        """Its network, new and freshly initialised; raises like `decode`."""
+        return build(architecture, *self._images())
+
+    def _images(self) -> tuple[tuple[int, int, int], int]:
+        if self.shape is None or self.classes is None:
+            raise ArchitectureError(
+                f"the task {self.name!r} has no images, and architectures are networks for images; "
+                f"use one of {', '.join(task.name for task in TASKS.values() if task.shape)}"
+            )
+        return self.shape, self.classes
 
 
 def _images(name: str, model: Callable[[int], nn.Module], augment: bool = False) -> Task:
-    return Task(name, functools.partial(load_images, name, augment=augment), model)
+    source = SOURCES[name]
+    load = functools.partial(load_images, name, augment=augment)
+    return Task(name, load, model, source.channels_first, source.classes)
 
 
 def _text(name: str, file: str | None = None) -> Task:
@@ -67,3 +95,14 @@ def get_task(name: str) -> Task:
         known = ", ".join((*TASKS, "text:FILE"))
         raise DatasetError(f"unknown task {name!r}; use one of {known}")
     return TASKS[name]
+
+
+def parameters_of(architecture: Architecture, task_name: str) -> int:
+    """Of the network that an architecture becomes on a task; no data are loaded.
+
+    Raises:
+        ArchitectureError: the task has no images, or its classifier alone has more than
+            ``max_parameters``.
+        DatasetError: there is no such task.
+    """
+    return get_task(task_name).decode(architecture).parameters

@@ -1,0 +1,114 @@
+"""Frozen data as JSON and as files: what the genomes of optimizers and networks have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from evokernels.errors import EvokernelsError
+
+__all__ = ["Document"]
+
+
+class Document:
+    """Base of a frozen dataclass that is read and written as a JSON object.
+
+    A child says what it is called in messages (``NOUN``), which error they are (``ERROR``), the
+    version of its fields (``SCHEMA_VERSION``), what to write in place of NaN and Infinity
+    (``NO_CONSTANT``), and has `to_dict` and `from_dict`.
+    """
+
+    NOUN: ClassVar[str]
+    ERROR: ClassVar[type[EvokernelsError]]
+    SCHEMA_VERSION: ClassVar[int] = 1
+    NO_CONSTANT: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict with all fields and ``schema_version``."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`."""
+        raise NotImplementedError
+
+    @classmethod
+    def _fields(cls, data: Mapping[str, Any], versioned: bool) -> dict[str, Any]:
+        """The fields of a dict, without ``schema_version``; raises ``ERROR`` for other ones.
+
+        Args:
+            versioned: a dict must have its version. With a version all fields must be there.
+        """
+        if not isinstance(data, Mapping):
+            article = "an" if cls.NOUN[0] in "aeiou" else "a"
+            raise cls.ERROR(f"{article} {cls.NOUN} is a JSON object, got {type(data).__name__}")
+        fields = dict(data)
+        versioned = versioned or "schema_version" in fields
+        version = fields.pop("schema_version", None if versioned else cls.SCHEMA_VERSION)
+        if version != cls.SCHEMA_VERSION or isinstance(version, bool):
+            raise cls.ERROR(
+                f"schema_version is {version!r}, this release reads {cls.SCHEMA_VERSION}; "
+                "read the file with the release of evokernels that wrote it"
+            )
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+                raise cls.ERROR(f"unknown {cls.NOUN} field {name!r}; {hint}")
+        missing = [name for name in known if name not in fields]
+        if versioned and missing:
+            raise cls.ERROR(
+                f"{cls.NOUN} lacks {', '.join(missing)}; a versioned {cls.NOUN} has them all"
+            )
+        return fields
+
+    def to_json(self) -> str:
+        """Standard JSON (no NaN or Infinity), every digit kept, newline at the end."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The inverse of `to_json`; raises ``ERROR`` for text that is not valid."""
+        try:
+            data = json.loads(text, parse_constant=cls._no_constant)
+        except (ValueError, RecursionError) as error:  # also numbers and nesting beyond all bounds
+            raise cls.ERROR(f"not JSON: {error}") from None
+        return cls.from_dict(data)
+
+    @classmethod
+    def _no_constant(cls, token: str) -> float:
+        """Python's json reads NaN and Infinity, which JSON does not have."""
+        raise ValueError(f"{token} is no number in JSON; {cls.NO_CONSTANT}")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as JSON; a reader never sees half a file.
+
+        Raises:
+            EvokernelsError: of type ``ERROR``, naming the file that cannot be written; what was
+                there before stays.
+        """
+        path = pathlib.Path(path)
+        try:
+            # deleted when left, unless it has become the result
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+                part = pathlib.Path(folder, "part")
+                part.write_text(self.to_json(), encoding="utf-8")
+                os.replace(part, path)
+        except OSError as error:
+            reason = error.strerror or error
+            raise self.ERROR(f"cannot write {self.NOUN} {os.fspath(path)!r}: {reason}") from None
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a JSON file; raises ``ERROR`` naming the file."""
+        try:
+            return cls.from_json(pathlib.Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, cls.ERROR) as error:
+            raise cls.ERROR(f"cannot read {cls.NOUN} {os.fspath(path)!r}: {error}") from None
