@@ -98,6 +98,10 @@ class Comparison:
         self.seeds = tuple(dict.fromkeys(row.trial.seed for row in rows))
         self._rows = {(row.name, row.trial.task, row.trial.seed): row for row in rows}
 
+    def row(self, name: str, task: str, seed: int) -> Row:
+        """One of its runs."""
+        return self._rows[name, task, seed]
+
     def task_fitness(self, name: str, task: str) -> Estimate:
         """Mean fitness on one task over the seeds."""
         return Estimate.of(self._rows[name, task, seed].outcome.test_fitness for seed in self.seeds)
