@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import pathlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from tqdm import tqdm
 
@@ -17,9 +19,13 @@ __all__ = [
     "Bar",
     "add_machine_options",
     "add_precision",
+    "add_run_options",
+    "add_settings",
     "exit_code",
     "markdown",
     "resolved_precision",
+    "with_folder",
+    "with_options",
     "worker_count",
 ]
 
@@ -35,6 +41,76 @@ def exit_code(command: Callable[[], None], resume_hint: str) -> int:
         print(f"interrupted; {resume_hint}", file=sys.stderr)
         return 130
     return 0
+
+
+def add_settings(
+    parser: argparse.ArgumentParser,
+    presets: Mapping[str, Mapping[str, object]],
+    settings: Iterable[tuple[str, type, bool, str]],
+    switches: Iterable[tuple[str, str]],
+) -> None:
+    """``--preset`` and an option for each setting, which is None where it is not given.
+
+    Args:
+        presets: by name, of which the first is the default.
+        settings: option, type, whether it takes several values, meaning.
+        switches: option, what it switches.
+    """
+    default = next(iter(presets))
+    parser.add_argument(
+        "--preset",
+        choices=presets,
+        default=default,
+        help=f"settings where none are given ({default})",
+    )
+
+    def values(name: str) -> str:
+        given = {preset: each[name.replace("-", "_")] for preset, each in presets.items()}
+        return ", ".join(f"{preset}: {_shown(value)}" for preset, value in given.items())
+
+    for name, kind, several, meaning in settings:
+        parser.add_argument(
+            f"--{name}",
+            type=kind,
+            nargs="+" if several else None,
+            metavar=name.rstrip("s").upper() if kind is str or several else "N",
+            help=f"{meaning} ({values(name)})",
+        )
+    for name, meaning in switches:
+        parser.add_argument(
+            f"--{name}", action=argparse.BooleanOptionalAction, help=f"{meaning} ({values(name)})"
+        )
+
+
+def _shown(value: object) -> str:
+    """A setting as one would type it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "none"
+    return "all" if value is None else str(value)
+
+
+def with_options(settings: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """The settings of a preset, replaced by those that are given; precision as it is computed."""
+    given = {name: getattr(options, name, None) for name in settings}
+    values = {name: settings[name] if value is None else value for name, value in given.items()}
+    return {**values, "precision": resolved_precision(values["precision"], values["device"])}
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """``--precision``, ``--out`` and what a machine has; for `with_options`, `with_folder`."""
+    add_precision(parser)
+    parser.add_argument(
+        "--out", type=pathlib.Path, metavar="DIR", help="the run folder (runs/<preset>)"
+    )
+    add_machine_options(parser)
+
+
+def with_folder(options: argparse.Namespace, prefix: str = "") -> argparse.Namespace:
+    """With a run folder named after the preset, where none is given."""
+    options.out = options.out or pathlib.Path("runs") / f"{prefix}{options.preset}"
+    return options
 
 
 def add_machine_options(parser: argparse.ArgumentParser) -> None:

@@ -13,11 +13,12 @@ from collections.abc import Sequence
 
 from commandline import (
     Bar,
-    add_machine_options,
-    add_precision,
+    add_run_options,
+    add_settings,
     exit_code,
     positive,
-    resolved_precision,
+    with_folder,
+    with_options,
     worker_count,
 )
 
@@ -74,7 +75,6 @@ PARITY = {
     "refine": 0,
 }
 
-# option, type, whether it takes several values, meaning
 SETTINGS = (
     ("population", int, False, "genomes in a generation"),
     ("generations", int, False, "generations"),
@@ -96,7 +96,6 @@ SETTINGS = (
     ("device", str, False, "where training runs: cpu, cuda or cuda:N; decides its last bits too"),
 )
 
-# option, what it switches
 SWITCHES = (
     ("hurdle", "end runs that are no better than guessing after 50 steps"),
     ("race", "leave out further seeds of genomes that the first ones show to be hopeless"),
@@ -116,37 +115,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--preset", choices=PRESETS, default="quick", help="settings where none are given (quick)"
+    add_settings(
+        parser, {name: preset.to_dict() for name, preset in PRESETS.items()}, SETTINGS, SWITCHES
     )
-    presets = {preset: settings.to_dict() for preset, settings in PRESETS.items()}
-    for name, kind, several, meaning in SETTINGS:
-        values = ", ".join(
-            f"{preset}: {shown(settings[name.replace('-', '_')])}"
-            for preset, settings in presets.items()
-        )
-        parser.add_argument(
-            f"--{name}",
-            type=kind,
-            nargs="+" if several else None,
-            metavar="N" if kind is int and not several else name.rstrip("s").upper(),
-            help=f"{meaning} ({values})",
-        )
-    for name, meaning in SWITCHES:
-        values = ", ".join(
-            f"{preset}: {'on' if settings[name.replace('-', '_')] else 'off'}"
-            for preset, settings in presets.items()
-        )
-        parser.add_argument(
-            f"--{name}", action=argparse.BooleanOptionalAction, help=f"{meaning} ({values})"
-        )
     parser.add_argument(
         "--parity",
         action="store_true",
         help="the protocol of the source system: the test split selects, and nothing is stopped "
         "early; options given beside it still hold",
     )
-    add_precision(parser)
     parser.add_argument(
         "--audit",
         type=positive,
@@ -154,20 +131,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="N",
         help="train N of the genomes that were stopped early to the end, after the search (0)",
     )
-    parser.add_argument(
-        "--out", type=pathlib.Path, metavar="DIR", help="the run folder (runs/<preset>)"
-    )
-    add_machine_options(parser)
-    options = parser.parse_args(arguments)
-    options.out = options.out or pathlib.Path("runs") / options.preset
-    return options
-
-
-def shown(value: object) -> str:
-    """A setting as one would type it."""
-    if value is None:
-        return "all"
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    add_run_options(parser)
+    return with_folder(parser.parse_args(arguments))
 
 
 def chosen_settings(options: argparse.Namespace) -> RunSettings:
@@ -175,10 +140,7 @@ def chosen_settings(options: argparse.Namespace) -> RunSettings:
     values = PRESETS[options.preset].to_dict()
     if options.parity:
         values.update(PARITY)
-    given = {name: getattr(options, name, None) for name in values}
-    values.update((name, value) for name, value in given.items() if value is not None)
-    values["precision"] = resolved_precision(values["precision"], values["device"])
-    return RunSettings.from_dict(values)
+    return RunSettings.from_dict(with_options(values, options))
 
 
 def run(options: argparse.Namespace) -> None:

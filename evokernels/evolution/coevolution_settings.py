@@ -33,10 +33,10 @@ class CoevolutionSettings(TrainingSettings):
     Args:
         search: of the co-evolution: first architectures, second optimizers.
         max_terms: terms that a genome may have.
-        recipes: names from `evokernels.zoo`; the optimizers are these and no others. None: genomes
-            that evolve.
+        recipes: names from `evokernels.zoo`; the optimizers are these and no others. Without any
+            they are genomes that evolve.
         max_length: components that an architecture may have.
-        max_parameters: that a network may have. None: as many as the smallest of the tasks' own
+        max_parameters: that a network may have. 0: as many as the smallest of the tasks' own
             networks, so that none has more than what it is held against.
         max_work: multiply-adds that a network may take on each task, as a multiple of those of the
             task's own network. Without such a bound a training run may take any time: few
@@ -56,7 +56,7 @@ class CoevolutionSettings(TrainingSettings):
     max_terms: int = 4
     recipes: tuple[str, ...] = ()
     max_length: int = 16
-    max_parameters: int | None = None
+    max_parameters: int = 0
     max_work: float = 1.0
     penalty: float = 0.01
 
@@ -78,9 +78,7 @@ class CoevolutionSettings(TrainingSettings):
     @property
     def budget(self) -> int:
         """Parameters that a network may have."""
-        if self.max_parameters is not None:
-            return self.max_parameters
-        return min(own_cost(task).parameters for task in self.tasks)
+        return self.max_parameters or min(own_cost(task).parameters for task in self.tasks)
 
     @property
     def search_runs(self) -> int:

@@ -7,7 +7,6 @@ import functools
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from evokernels.architecture import Architecture
 from evokernels.tasks.registry import get_task
@@ -57,6 +56,9 @@ def own_cost(task_name: str) -> Cost:
 
 def _measured(model: nn.Module, shape: tuple[int, int, int]) -> Cost:
     """Of a network without memory, by having it compute nothing at all."""
+    # imported here: it takes a quarter of a second, which every worker would pay
+    from torch.utils.flop_counter import FlopCounterMode
+
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(torch.empty(1, *shape, device="meta"))
     parameters = sum(parameter.numel() for parameter in model.parameters())
