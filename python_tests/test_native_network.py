@@ -12,7 +12,7 @@ from guarded import Memory
 from torch import nn
 from torch.nn import functional
 
-from evokernels import zoo
+from evokernels import Architecture, zoo
 from evokernels.errors import BackendError, SettingsError
 from evokernels.evolution import precision
 from evokernels.evolution.devices import keep_memory
@@ -25,12 +25,14 @@ from evokernels.tasks import (
     ConvNet,
     NativeNetwork,
     SmallCNN,
+    build,
     layers,
     load_images,
     training_batches,
 )
 from evokernels.tasks.images import Batch, ImageData, ImageMaker
 from evokernels.tasks.layers import Dropout, Images, Norm
+from evokernels.tasks.models import Residual
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -363,6 +365,18 @@ NETWORKS = {
         *(nn.Conv2d(4, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.0)),
         *(nn.Flatten(), nn.Linear(16 * 9, 8), nn.ReLU(), nn.Dropout(0.0), nn.Linear(8, 2)),
     ),
+    "convolution": lambda: Net(nn.Conv2d(3, 33, 3, padding=1)),
+    "residual": lambda: Net(Residual(3), nn.ReLU(), Residual(3)),
+    "average": lambda: Net(nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)),
+    "other convolutions": lambda: Net(
+        *(nn.Conv2d(3, 1, 5, padding=2), nn.Conv2d(1, 8, 5, padding=2), nn.ReLU()),
+        *(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 4, 2, stride=2), nn.Flatten()),
+    ),
+    "one pixel": lambda: Net(
+        *(nn.AvgPool2d(2), nn.MaxPool2d(3), nn.Conv2d(3, 8, 5, padding=2), nn.GELU()),
+        *(nn.Conv2d(8, 8, 3, padding=1), nn.Flatten(), nn.Linear(8, 4), nn.GELU()),
+    ),
+    "norm alone": lambda: Net(nn.BatchNorm2d(3), nn.AvgPool2d(2), nn.GELU()),
 }
 
 
@@ -458,7 +472,19 @@ def test_the_first_convolution_pools_what_is_not_finite():
     torch.testing.assert_close(NativeNetwork(network)(x), network(x), equal_nan=True)
 
 
-@pytest.mark.parametrize(("model", "shape"), [(SmallCNN, (1, 28, 28)), (CifarCNN, (3, 32, 32))])
+def with_every_kind():
+    """Of what the catalogue has and the two networks have not."""
+    components = [
+        *("depthwise3x3", "conv3x3 16", "batchnorm", "gelu", "conv5x5 32", "relu", "avgpool"),
+        *("residual", "gelu", "conv3x3 32", "maxpool", "dense 64", "gelu"),
+    ]
+    return build(Architecture(components), (3, 32, 32), 10)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [(SmallCNN, (1, 28, 28)), (CifarCNN, (3, 32, 32)), (with_every_kind, (3, 32, 32))],
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_networks_learn_what_they_learn_with_torch(model, shape, dtype):
     torch.manual_seed(0)
@@ -472,7 +498,7 @@ def test_the_networks_learn_what_they_learn_with_torch(model, shape, dtype):
     assert logits.dtype == torch.float32
     loss(logits, y).backward()
     for name, truth in exact.named_parameters():
-        if name in ("features.0.bias", "features.7.bias") and model is CifarCNN:
+        if name in IN_FRONT_OF_NORM.get(model, ()):
             continue  # in front of a batch norm: no gradient but what rounding makes of it
         ours, theirs = network.get_parameter(name).grad, eager.get_parameter(name).grad
         error, allowed = ((g - truth.grad).norm() / truth.grad.norm() for g in (ours, theirs))
@@ -481,6 +507,12 @@ def test_the_networks_learn_what_they_learn_with_torch(model, shape, dtype):
         torch.testing.assert_close(
             network.get_buffer(name).double(), truth.double(), rtol=0, atol=1e-3, msg=name
         )
+
+
+IN_FRONT_OF_NORM = {
+    CifarCNN: ("features.0.bias", "features.7.bias"),
+    with_every_kind: ("features.1.bias",),
+}
 
 
 def precision_name(dtype):
@@ -523,18 +555,10 @@ CONV, RELU, POOL = nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)
     ("modules", "named"),
     [
         ((nn.Flatten(), nn.Sigmoid()), "Sigmoid()"),
-        ((CONV, RELU), "Conv2d("),
-        ((CONV, RELU, nn.MaxPool2d(3)), "Conv2d("),
-        ((CONV, RELU, nn.MaxPool2d(2, stride=1)), "Conv2d("),
-        ((CONV, RELU, nn.MaxPool2d(2, ceil_mode=True)), "Conv2d("),
-        ((nn.Conv2d(1, 2, 3), RELU, POOL), "Conv2d("),
-        ((nn.Conv2d(1, 2, 5, padding=1), RELU, POOL), "Conv2d("),
-        ((nn.Conv2d(1, 2, 3, padding=1, stride=2), RELU, POOL), "Conv2d("),
-        ((nn.Conv2d(1, 2, 3, padding=1, bias=False), RELU, POOL), "Conv2d("),
-        ((nn.Conv2d(2, 2, 3, padding=1, groups=2), RELU, POOL), "Conv2d("),
-        ((CONV, nn.BatchNorm2d(2, affine=False), RELU), "Conv2d("),
-        ((CONV, nn.BatchNorm2d(2, momentum=None), RELU), "Conv2d("),
+        ((CONV, RELU, nn.Softmax2d()), "Softmax2d("),
         ((nn.Flatten(2), nn.Linear(4, 2)), "Flatten("),
+        ((nn.AdaptiveAvgPool2d(2), nn.Flatten()), "AdaptiveAvgPool2d("),
+        ((nn.AdaptiveAvgPool2d(1), RELU), "AdaptiveAvgPool2d("),
         ((nn.Linear(4, 2, bias=False),), "Linear("),
     ],
 )
@@ -542,6 +566,50 @@ def test_what_there_is_no_operation_for_is_named(modules, named):
     with pytest.raises(BackendError, match=r"begins with .*; run the network itself") as caught:
         NativeNetwork(Net(*modules))
     assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        (CONV, RELU),
+        (CONV, RELU, nn.MaxPool2d(3)),
+        (CONV, RELU, nn.MaxPool2d(2, stride=1)),
+        (CONV, RELU, nn.MaxPool2d(2, ceil_mode=True)),
+        (nn.Conv2d(1, 2, 3), RELU, POOL),
+        (nn.Conv2d(1, 2, 5, padding=1), RELU, POOL),
+        (nn.Conv2d(1, 2, 3, padding=1, stride=2), RELU, POOL),
+        (nn.Conv2d(1, 2, 3, padding=1, bias=False), RELU, POOL),
+        (nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect"), RELU, POOL),
+        (CONV, nn.BatchNorm2d(2, affine=False), RELU),
+        (CONV, nn.BatchNorm2d(2, momentum=None), RELU),
+    ],
+)
+def test_no_operation_stands_for_modules_that_do_something_else(modules):
+    network, x = Net(*modules), torch.randn(2, 1, 7, 7)
+    expected = copy.deepcopy(network)(x)
+    torch.testing.assert_close(NativeNetwork(network)(x), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_dropout_alone_drops_so_many_and_scales_the_rest(dtype):
+    network, x = NativeNetwork(Net(nn.Dropout(0.3)), dtype), torch.ones(8, 3, 64, 64)
+    x.requires_grad_()
+    y = network(x.to(dtype) * 1.5)
+    gradient = torch.rand_like(y) + 1
+    y.backward(gradient)
+    exact = 19661 / 65536  # as of every native dropout
+    kept = y != 0
+    deviation = (exact * (1 - exact) / y.numel()) ** 0.5
+    assert (~kept).double().mean().item() == pytest.approx(exact, abs=4 * deviation)
+    once = 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        y[kept].unique(), torch.tensor([1.5 / (1 - exact)]), rtol=once, atol=0
+    )
+    passed = torch.where(kept, gradient * 1.5 / (1 - exact), 0)
+    torch.testing.assert_close(x.grad, passed, rtol=3 * once, atol=0)
+    assert not torch.equal(network(x), network(x))
+    network.eval()
+    assert torch.equal(network(x), x)
 
 
 def strided_norm(network):
