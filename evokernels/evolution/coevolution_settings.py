@@ -67,6 +67,8 @@ class CoevolutionSettings(TrainingSettings):
             if recipe not in zoo.GENOMES:
                 known = ", ".join(zoo.GENOMES)
                 raise SettingsError(f"unknown recipe {recipe!r}; use one or more of {known}")
+        if len(set(self.recipes)) < len(self.recipes):
+            raise SettingsError(f"recipes must be different, got {' '.join(self.recipes)}")
         if not 1 <= self.max_length <= MAX_LENGTH:
             raise SettingsError(f"max_length must be from 1 to {MAX_LENGTH}, got {self.max_length}")
         for name, value in (("max_work", self.max_work), ("penalty", self.penalty)):
