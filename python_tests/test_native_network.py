@@ -372,6 +372,7 @@ NETWORKS = {
         *(nn.Conv2d(3, 1, 5, padding=2), nn.Conv2d(1, 8, 5, padding=2), nn.ReLU()),
         *(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 4, 2, stride=2), nn.Flatten()),
     ),
+    "5×5 of one channel": lambda: Net(nn.Conv2d(1, 8, 5, padding=2), nn.Flatten()),
     "one pixel": lambda: Net(
         *(nn.AvgPool2d(2), nn.MaxPool2d(3), nn.Conv2d(3, 8, 5, padding=2), nn.GELU()),
         *(nn.Conv2d(8, 8, 3, padding=1), nn.Flatten(), nn.Linear(8, 4), nn.GELU()),
@@ -390,7 +391,7 @@ def test_every_gradient_is_that_of_torch(name, batch, training):
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight), nn.init.normal_(module.bias)
             module.running_var.uniform_(0.5, 2)
-    channels = {"pool, dropout": 1, "norm": 2}.get(name, 3)
+    channels = {"pool, dropout": 1, "5×5 of one channel": 1, "norm": 2}.get(name, 3)
     x = torch.randn(batch, channels, 7, 6)
     exact = copy.deepcopy(network).double()
     ours = NativeNetwork(network)

@@ -37,6 +37,9 @@ def computing(
 ) -> torch.nn.Module:
     """What to call in place of ``model``, with its parameters, for logits in float32.
 
+    Networks for images (`ConvNet`, those of architectures too) go through the native layers on a
+    CPU, unless second derivatives are needed. Everything else is torch's own operations.
+
     Args:
         model: on ``device``.
         device: where it is.

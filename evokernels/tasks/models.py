@@ -15,7 +15,7 @@ class ConvNet(nn.Module):
     classifier: nn.Sequential
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (N, 10) of normalised images (N, C, H, W)."""
+        """Logits (N, classes) of normalised images (N, C, H, W)."""
         return self.classifier(self.features(x))
 
 

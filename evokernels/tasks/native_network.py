@@ -62,7 +62,7 @@ class NativeNetwork(nn.Module):
         return NativeNetwork, (self.network, self._dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits float32 (N, 10) of images float32 on the CPU.
+        """Logits float32 (N, classes) of images float32 on the CPU.
 
         Raises:
             BackendError: parameters or statistics are no longer float32 on the CPU, those of batch
@@ -198,7 +198,7 @@ def _torchs(dtype: torch.dtype, module: nn.Module) -> Operation:
     def call(x: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", dtype if rounds else None, enabled=rounds, cache_enabled=False):
             y = module(x.to(dtype))
-        # where an image has one channel or one pixel, torch may choose the other layout behind it
+        # one channel lies alike in both layouts, and torch may choose the other one behind it
         return y.contiguous(memory_format=torch.channels_last) if y.ndim == 4 else y
 
     return call
