@@ -482,9 +482,20 @@ def with_every_kind():
     return build(Architecture(components), (3, 32, 32), 10)
 
 
+def with_a_second_convolution_of_one_channel():
+    """Which needs a gradient of what it is given, as that of the images does not."""
+    components = ["depthwise3x3", "conv3x3 16", "relu", "maxpool"]
+    return build(Architecture(components), (1, 28, 28), 10)
+
+
 @pytest.mark.parametrize(
     ("model", "shape"),
-    [(SmallCNN, (1, 28, 28)), (CifarCNN, (3, 32, 32)), (with_every_kind, (3, 32, 32))],
+    [
+        (SmallCNN, (1, 28, 28)),
+        (CifarCNN, (3, 32, 32)),
+        (with_every_kind, (3, 32, 32)),
+        (with_a_second_convolution_of_one_channel, (1, 28, 28)),
+    ],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_networks_learn_what_they_learn_with_torch(model, shape, dtype):

@@ -123,6 +123,8 @@ def _operations(modules: Sequence[nn.Module], dtype: torch.dtype) -> list[Operat
         for types, operation in OPERATIONS.items():
             head = modules[: len(types)]
             if tuple(map(type, head)) == types and all(map(_is_assumed, head)):
+                if operation is _conv_pool and not operations and _takes_grey_images(*head):
+                    operation = _grey_conv_pool
                 operations.append(operation(dtype, *head))
                 modules = modules[len(types) :]
                 break
@@ -140,9 +142,20 @@ def _operations(modules: Sequence[nn.Module], dtype: torch.dtype) -> list[Operat
 def _conv_pool(
     dtype: torch.dtype, conv: nn.Conv2d, _relu: nn.ReLU, _pool: nn.MaxPool2d, *drop: nn.Dropout
 ) -> Operation:
-    if conv.in_channels == 1 and conv.out_channels % LANES == 0 and not drop:
-        return lambda x: GreyConvPool.apply(x, conv.weight, conv.bias, dtype)
     return lambda x: ConvPool.apply(x.to(dtype), conv.weight, conv.bias, Dropout.of(*drop))
+
+
+def _takes_grey_images(
+    conv: nn.Conv2d, _relu: nn.ReLU, _pool: nn.MaxPool2d, *drop: nn.Dropout
+) -> bool:
+    return conv.in_channels == 1 and conv.out_channels % LANES == 0 and not drop
+
+
+def _grey_conv_pool(
+    dtype: torch.dtype, conv: nn.Conv2d, _relu: nn.ReLU, _pool: nn.MaxPool2d
+) -> Operation:
+    """Only of the images themselves: there is no gradient of what the convolution is given."""
+    return lambda x: GreyConvPool.apply(x, conv.weight, conv.bias, dtype)
 
 
 def _conv_norm(
