@@ -39,8 +39,9 @@ def noise(pair):
     return Score(random.Random(repr(pair)).random())
 
 
-def search_of(config=SMALL, first=ArchitectureSpace(8), second=OptimizerSpace(3)):  # noqa: B008
-    return Coevolution(config, first, second)
+def search_of(config=SMALL):
+    """A co-evolution of architectures and optimizers."""
+    return Coevolution(config, ArchitectureSpace(8), OptimizerSpace(3))
 
 
 def numbers(config=SMALL, first=40, second=40):
