@@ -108,7 +108,7 @@ def test_at_most_four_components_are_duplicated_at_once():
     assert lengths == {11, 12, 13, 14}
 
 
-@pytest.mark.parametrize("parent", ["conv3x3 32", "dropout 0.25", "dense 512"])
+@pytest.mark.parametrize("parent", ["conv3x3 8", "conv5x5 32", "dropout 0.25", "dense 512"])
 def test_a_size_changes_to_the_next_one(parent):
     resize, rng = operators.MOVES[3], random.Random(0)
     kind = parent.split()[0]

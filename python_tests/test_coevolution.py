@@ -16,6 +16,8 @@ from evokernels.search import (
     Coevolution,
     CoevolutionConfig,
     FixedSpace,
+    GeneticConfig,
+    GeneticSearch,
     OptimizerSpace,
     Score,
     Status,
@@ -37,8 +39,9 @@ def noise(pair):
     return Score(random.Random(repr(pair)).random())
 
 
-def search_of(config=SMALL, first=ArchitectureSpace(8), second=OptimizerSpace(3)):  # noqa: B008
-    return Coevolution(config, first, second)
+def search_of(config=SMALL):
+    """A co-evolution of architectures and optimizers."""
+    return Coevolution(config, ArchitectureSpace(8), OptimizerSpace(3))
 
 
 def numbers(config=SMALL, first=40, second=40):
@@ -94,16 +97,48 @@ def test_the_global_generator_is_neither_read_nor_touched():
     assert play(search_of(), smooth) == first
 
 
+class Draws:
+    """A space whose children are the numbers drawn for them; it notes the progress."""
+
+    def __init__(self):
+        self.progress = []
+
+    def start(self, size, rng):
+        return tuple(range(size))
+
+    def crossover(self, first, second, rng):
+        return first
+
+    def mutate(self, individual, rng, progress):
+        self.progress.append(progress)
+        return rng.random()
+
+
 def test_every_generation_and_side_has_its_own_random_numbers():
-    search = numbers(dataclasses.replace(SMALL, first=7, second=7, collaborators=4), 7, 7)
-    start = search.start()
-    assert start.populations[0] != start.populations[1]
-    scores = [noise(pair) for pair in search.ask(start)]
-    later = dataclasses.replace(start, generation=1)
-    assert search.ask(later) != search.ask(start)
-    told, told_later = search.tell(start, scores), search.tell(later, scores)
-    assert told.populations != told_later.populations
-    assert told.populations[0] != told.populations[1]
+    config = CoevolutionConfig(first=7, second=7, generations=4, collaborators=3, elites=0)
+    first, second = Draws(), Draws()
+    states, asked = play(Coevolution(config, first, second), noise)
+    born = [each for state in states[1:] for side in state.populations for each in side]
+    assert len(set(born)) == len(born) == 3 * 14
+    # both sides are the same at the start, but not whom they meet
+    assert partners(asked[0], range(7), 0) != partners(asked[0], range(7), 1)
+    search = numbers(dataclasses.replace(SMALL, first=7, second=7))
+    assert search.start().populations[0] != search.start().populations[1]
+    later = dataclasses.replace(search.start(), generation=1)
+    assert search.ask(later) != search.ask(search.start())
+
+
+def test_mutation_is_told_how_far_the_search_is():
+    first, second = Draws(), Draws()
+    play(Coevolution(dataclasses.replace(SMALL, generations=4), first, second), noise)
+    assert sorted(set(first.progress)) == sorted(set(second.progress)) == [0.0, 0.25, 0.5]
+    space = Draws()
+    config = GeneticConfig(population=6, generations=5)
+    search = GeneticSearch(config, space)
+    state = search.start()
+    while genomes := search.ask(state):
+        state = search.tell(state, [Score(genome) for genome in genomes])
+    assert sorted(set(space.progress)) == [0.0, 0.2, 0.4, 0.6]
 
 
 # Who meets whom
@@ -183,6 +218,13 @@ def test_all_of_a_population_meet_the_champion_and_the_same_others(collaborators
             drawn[side] |= met - {state.champions and state.champions[1 - side]}
     if collaborators > 1:
         assert all(len(others) > collaborators for others in drawn)  # not the same ones always
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_equal_individuals_are_one(seed):
+    search = numbers(CoevolutionConfig(first=4, second=4, seed=seed))
+    state = dataclasses.replace(search.start(), populations=((5, 5, 5, 6), (7, 8, 7, 7)))
+    assert set(search.ask(state)) == {(5, 7), (5, 8), (6, 7), (6, 8)}
 
 
 def test_more_collaborators_than_there_are_means_all():
@@ -378,14 +420,14 @@ def test_it_finds_the_best_pair_of_a_landscape_with_interaction():
 
     gaps, by_chance = [], []
     for seed in range(20):
-        states, asked = play(numbers(CoevolutionConfig(generations=10, seed=seed)), ridge)
+        states, asked = play(numbers(CoevolutionConfig(generations=16, seed=seed)), ridge)
         evaluated = {pair for pairs in asked for pair in pairs}
-        assert len(evaluated) <= 0.2 * len(table)
+        assert len(evaluated) <= 0.26 * len(table)
         gaps.append(table[PEAK] - states[-1].best.score.fitness)
         drawn = random.Random(seed).sample(sorted(table), len(evaluated))
         by_chance.append(table[PEAK] - max(map(table.get, drawn)))
     assert statistics.median(gaps) == 0.0
-    assert statistics.median(by_chance) >= 0.008
+    assert statistics.fmean(gaps) < 0.5 * statistics.fmean(by_chance)
 
 
 # Settings
