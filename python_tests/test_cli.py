@@ -457,3 +457,58 @@ def test_auto_is_the_best_precision(monkeypatch, given, device, expected):
     commandline = importlib.import_module("commandline")
     monkeypatch.setattr(commandline, "best_precision", lambda place: ("the best", "because"))
     assert commandline.resolved_precision(given, device) == expected
+
+
+# bench/coevolve.py
+
+
+COEVOLVE = (
+    *("--architectures", "3", "--optimizers", "2", "--generations", "2", "--elites", "1"),
+    *("--tournament", "2", "--max-parameters", "20000", "--steps", "2", "--train-samples", "64"),
+    *("--validation-samples", "64", "--batch-size", "32", "--comparison-seeds", "2"),
+)
+
+
+@pytest.mark.parametrize("preset", ["quick", "real"])
+def test_every_setting_of_a_coevolution_is_an_option(monkeypatch, preset):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    coevolve = importlib.import_module("coevolve")
+    options = coevolve.parse(["--preset", preset, "--precision", "bfloat16"])
+    settings = coevolve.PRESETS[preset]
+    assert settings.to_dict().keys() <= vars(options).keys()
+    assert settings.conditions.validation_samples > 0
+    given = coevolve.with_options(settings.to_dict(), options)
+    assert given == {**settings.to_dict(), "precision": "bfloat16"}
+    assert options.out == pathlib.Path(f"runs/coevolve-{preset}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--tasks", "text"], "the task 'text' has no images"),
+        (["--recipes", "adm"], "unknown recipe 'adm'"),
+        (["--collaborators", "0"], "collaborators must be at least 1, got 0"),
+        (["--architectures", "1", "--max-work", "0.0001"], "widen the bounds"),
+    ],
+)
+def test_a_bad_setting_of_a_coevolution(command, tmp_path, arguments, part):
+    code, _, err = command("coevolve", *arguments, "--workers", "1", "--out", tmp_path / "run")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("error: ")
+    assert part in err
+
+
+def test_a_coevolution_says_what_it_costs_and_shows_its_result(command, tmp_path):
+    arguments = (*COEVOLVE, "--workers", "1", "--out", tmp_path)
+    code, out, _ = command("coevolve", *arguments)
+    assert code == 0
+    # 2 generations of 2 * (3 + 2) pairs, 3 finalists on 2 seeds, 4 contenders on 2 seeds
+    assert out.startswith("Planned: 2 generations of at most 2 × (3 + 2) = 10 pairs")
+    words = " ".join(out.split())
+    for part in ("at most 20 training runs of 2 steps", "At most 34 in all", "is complete."):
+        assert part in words
+    assert "20,000 parameters" in words
+    for name in ("co-evolved pair", "own network, evolved_2025"):
+        assert f"| {name} " in out
+    code, again, _ = command("coevolve", *arguments)
+    assert again.split() == out.replace("is complete.", "was complete already.").split()
