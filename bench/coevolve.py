@@ -154,7 +154,7 @@ def summary(settings: CoevolutionSettings, folder: pathlib.Path, result: Coevolu
 
 {contenders(settings, result)}
 
-{folder} has {", ".join(FILES)} and the journal. To train the pair:
+{_filled(f"{folder} has {', '.join(FILES)} and the journal. To train the pair:")}
 
     python {folder / "train_best.py"}"""
 

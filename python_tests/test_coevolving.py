@@ -18,7 +18,7 @@ from synthetic import SyntheticTraining, killed_after
 
 from evokernels import Architecture, Genome, zoo
 from evokernels.errors import ArchitectureError, JournalError, SettingsError
-from evokernels.evolution import coevolution_report, journal, pool
+from evokernels.evolution import coevolution_pictures, coevolution_report, journal, pool
 from evokernels.evolution.coevolution_history import (
     OWN,
     WINNER,
@@ -361,6 +361,9 @@ def test_a_search_in_which_everything_fails_comes_to_its_end(training, tmp_path,
     assert result.best.score.status is Status.DIVERGED
     assert all(entry.failed == entry.pairs for entry in result.history)
     assert pareto_front(result.pairs) == []
+    coevolution_pictures.plot_pareto(tmp_path / "pareto.png", SETTINGS, result)
+    coevolution_pictures.plot_history(tmp_path / "coevolution.png", result.history)
+    assert {path.name for path in tmp_path.iterdir()} >= set(PICTURES)
     row = next(csv.DictReader(io.StringIO((tmp_path / "history.csv").read_text())))
     assert (row["mean_architecture"], row["failed_optimizers"]) == ("", "4")
 

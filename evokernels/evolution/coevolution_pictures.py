@@ -8,6 +8,8 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from evokernels.evolution.coevolution_history import (
     OWN,
     WINNER,
@@ -26,6 +28,10 @@ if TYPE_CHECKING:
 __all__ = ["plot_history", "plot_pareto"]
 
 OWN_COLOUR = "#b0413e"
+
+# The axis of accuracies: what it has beyond 1, and where it is marked.
+ROOM = 1.02
+TICKS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.92, 0.94, 0.96, 0.98, 1.0)
 
 
 def plot_history(path: pathlib.Path, history: Sequence[Round]) -> None:
@@ -50,7 +56,7 @@ def plot_history(path: pathlib.Path, history: Sequence[Round]) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     first.set_ylabel("worth: mean over collaborators")
-    axes.legend(loc="lower right")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     save_figure(figure, path)
 
 
@@ -61,9 +67,15 @@ def plot_pareto(
     and what it has to beat."""
     front = pareto_front(result.pairs)
     others = [each for each in result.pairs if each.accuracy is not None and each not in front]
-    figure = new_figure(7.2, 4.6)
+    top = max([each.accuracy for each in front], default=0.0)
+    figure = new_figure(7.2, 5.2)
     axes = figure.add_subplot()
     axes.set_xscale("log")
+    # the nearer to 1 the wider, as there it gets ever harder
+    axes.set_yscale(
+        "function", functions=(lambda y: -np.log(ROOM - y), lambda z: ROOM - np.exp(-z))
+    )
+    axes.set_yticks([tick for tick in TICKS if tick <= top + 0.05], minor=False)
     _scatter(axes, others, color=MEAN_COLOUR, s=14, alpha=0.6, label="pair, in the search")
     _scatter(axes, front, color=BEST_COLOUR, s=22, zorder=3, label="on the Pareto front")
     axes.step(
@@ -91,7 +103,7 @@ def plot_pareto(
     axes.set_xlabel("parameters (mean over the tasks)")
     axes.set_ylabel(f"accuracy on the {settings.selection_split} split")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=2)
     save_figure(figure, path)
 
 
