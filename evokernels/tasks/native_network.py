@@ -1,9 +1,8 @@
 """A network's plain modules run through the native layers, piece by piece.
 
 A piece is the longest run of modules that there is a native operation for (`OPERATIONS`), else one
-module of `TORCH_MODULES`, which computes itself in the type of the network: torch is as fast there as we
-would be (measured), or the module is rare. The modules hold parameters and statistics as ever;
-nothing about them changes.
+module of `TORCH_MODULES`, which computes itself in the type of the network. The modules hold
+parameters and statistics as ever; nothing about them changes.
 """
 
 from __future__ import annotations
