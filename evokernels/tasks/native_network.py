@@ -1,9 +1,8 @@
 """A network's plain modules run through the native layers, piece by piece.
 
 A piece is the longest run of modules that there is a native operation for (`OPERATIONS`), else one
-module of `TORCHS`, which computes itself in the type of the network: torch is as fast there as we
-would be (measured), or the module is rare. The modules hold parameters and statistics as ever;
-nothing about them changes.
+module of `TORCH_MODULES`, which computes itself in the type of the network. The modules hold
+parameters and statistics as ever; nothing about them changes.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class NativeNetwork(nn.Module):
     and can be taken once (no second derivatives).
 
     Args:
-        network: of modules in a row, of which ``OPERATIONS`` and ``TORCHS`` have all pieces.
+        network: of modules in a row, of which ``OPERATIONS`` and ``TORCH_MODULES`` have all pieces.
         dtype: float32 or bfloat16: of activations, and of the weights in products.
 
     Raises:
@@ -129,12 +128,12 @@ def _operations(modules: Sequence[nn.Module], dtype: torch.dtype) -> list[Operat
                 modules = modules[len(types) :]
                 break
         else:
-            if type(modules[0]) not in TORCHS:
+            if type(modules[0]) not in TORCH_MODULES:
                 raise BackendError(
                     f"there is no native operation that begins with {modules[0]}; "
                     "run the network itself"
                 )
-            operations.append(_torchs(dtype, modules[0]))
+            operations.append(_torch_module(dtype, modules[0]))
             modules = modules[1:]
     return operations
 
@@ -204,7 +203,7 @@ def _residual(dtype: torch.dtype, residual: Residual) -> Operation:
     return add
 
 
-def _torchs(dtype: torch.dtype, module: nn.Module) -> Operation:
+def _torch_module(dtype: torch.dtype, module: nn.Module) -> Operation:
     """The module itself, its weights in ``dtype``."""
     rounds = dtype is not torch.float32
 
@@ -232,4 +231,4 @@ OPERATIONS: dict[tuple[type[nn.Module], ...], Callable[..., Operation]] = {
 }
 
 # What lies between products, and products that the native library has no part in.
-TORCHS = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.ReLU, nn.GELU)
+TORCH_MODULES = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.ReLU, nn.GELU)
