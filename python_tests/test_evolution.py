@@ -233,7 +233,7 @@ def test_one_optimizer_in_two_spellings_is_trained_once(training, tmp_path, monk
     twice = Genome(term_types=["GRAD", "GRAD"], alphas=[0.5, 0.5], use_m=False, use_v=False)
     once = dataclasses.replace(twice, term_types=["GRAD"], alphas=[1.0], beta1=0.3)
     monkeypatch.setattr(
-        "evokernels.search.genetic.start_population", lambda *args: (twice, once) * 3
+        "evokernels.search.operators.start_population", lambda *args: (twice, once) * 3
     )
     result = evolve(SETTINGS, tmp_path)
     assert result.history[0].evaluations == 4
@@ -438,7 +438,7 @@ def test_other_images_under_the_same_name_are_refused(training, tmp_path):
 
 def test_a_journal_of_another_search_is_refused(complete, monkeypatch):
     population = (zoo.rmsprop,) * SETTINGS.search.population
-    monkeypatch.setattr("evokernels.search.genetic.start_population", lambda *args: population)
+    monkeypatch.setattr("evokernels.search.operators.start_population", lambda *args: population)
     assert_refused(complete, "genome 0 of generation 0 differs")
 
 
