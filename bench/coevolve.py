@@ -46,7 +46,7 @@ PRESETS = {
         finalists=3,
     ),
     # training runs as an evolution of optimizers has them (bench/evolve.py, "paper"), but for the
-    # second seed
+    # second seed; about four hours on two cores, one task at a time an hour or two
     "real": CoevolutionSettings(
         search=CoevolutionConfig(generations=10),
         tasks=("fashion_mnist", "cifar10", "mnist"),
@@ -189,10 +189,10 @@ def measured(settings: CoevolutionSettings, result: CoevolutionResult) -> str:
     honest = settings.selection_split != "test"
     return _filled(
         f"On seeds {seeds}, which the selection has not seen, its fitness on the same split is "
-        f"{result.winner.fresh}: selection has overestimated it by {result.winner.bias}. Compared "
-        f"with as many steps ({settings.conditions.steps}) on these seeds, on the test split, "
-        f"which {'selected nothing' if honest else 'is the one that selected'}, its fitness is "
-        f"that of ({OWN}) and {result.lead} more:"
+        f"{result.winner.fresh}: selection has overestimated it by {result.winner.bias}.",
+        f"Compared with as many steps ({settings.conditions.steps}) on these seeds, on the test "
+        f"split, which {'selected nothing' if honest else 'is the one that selected'}, it is ahead "
+        f"of ({OWN}) by {result.lead} of fitness, seed by seed:",
     )
 
 
