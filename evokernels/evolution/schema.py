@@ -1,6 +1,10 @@
 """The tables of a journal, and the views that answer questions about a run.
 
 sqlite3 runs/quick/journal.sqlite "SELECT * FROM cost_ledger"
+
+The candidates of a co-evolution are its architectures, then its optimizers. The place of an
+evaluation is there that of its pair among those that the generation asked for, its JSON has both,
+and its key is of both; what was known already is no row of ``saving``.
 """
 
 from __future__ import annotations
