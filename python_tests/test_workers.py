@@ -432,8 +432,12 @@ def test_a_run_goes_on_after_a_failure_and_resumes_with_it(monkeypatch, tmp_path
 
     monkeypatch.setattr(pool, "evaluate", evaluate)
     settings = RunSettings(
-        GeneticConfig(population=4, generations=2, elites=1, tournament=2, seed=1),
-        *((MINI,), (0, 1), CONDITIONS, 1, 1),
+        search=GeneticConfig(population=4, generations=2, elites=1, tournament=2, seed=1),
+        tasks=(MINI,),
+        seeds=(0, 1),
+        conditions=CONDITIONS,
+        comparison_seeds=1,
+        threads=1,
     )
     first = evolve(settings, tmp_path)
     connection = sqlite3.connect(tmp_path / JOURNAL)
