@@ -406,13 +406,17 @@ def test_what_a_fitness_puts_in_another_place_is_put_back():
 
 def test_gradients_can_be_had_in_a_fitness():
     def slope(model):
+        assert not torch.is_grad_enabled()
         with torch.enable_grad():
             x = X.clone().requires_grad_()
             (gradient,) = torch.autograd.grad(model(x).sum(), x)
         return -gradient.square().mean()
 
     strategy = strategy_for(network())
-    assert len(set(strategy.ask(slope))) == 8
+    scores = strategy.ask(slope)
+    assert len(set(scores)) == 8
+    with strategy.perturbed(3) as member:
+        assert float(slope(member)) == scores[3]
 
 
 def test_a_backward_pass_through_perturbed_parameters_fails():
