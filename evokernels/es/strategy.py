@@ -119,6 +119,8 @@ class EvolutionStrategy:
                 without gradients (`torch.enable_grad` brings them back) and finds torch's
                 generators and the model's buffers in the same state for each member; afterwards
                 both, and the parameters, are what they were before, also where it raises.
+                So members do not move the running means of a BatchNorm: a forward pass of the
+                model between generations does.
         """
         scores = []
         with self._kept() as centre, torch.no_grad():
