@@ -249,9 +249,9 @@ def exact_noise(tensor, position, member, seed=5, generation=6):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_perturbing_adds_the_noise_and_rounds_once(backend, dtype):
-    centres, targets = tensors_of(dtype), tensors_of(dtype, 1)
-    # dense where the targets are not, and the other way round
-    centres = centres[: len(SHAPES)] + [c.contiguous() for c in centres[len(SHAPES) :]]
+    dense = [[t.contiguous() for t in tensors_of(dtype, seed)] for seed in (3, 4)]
+    centres = [*tensors_of(dtype), *tensors_of(dtype, 1), *dense[0]]  # either may be strided
+    targets = [*tensors_of(dtype, 2), *dense[1], *tensors_of(dtype, 5)]
     bound = [NoisyTensor(t, i, c) for i, (t, c) in enumerate(zip(targets, centres, strict=True))]
     versions = [t._version for t in targets]
     ModelNoise(bound, backend).perturb(5, 6, 7, -0.03)
@@ -269,8 +269,10 @@ def test_an_estimate_is_the_weighted_sum_of_the_noise(dtype):
     results = {}
     for backend in BACKENDS:
         targets = tensors_of(dtype)
+        versions = [t._version for t in targets]
         bound = [NoisyTensor(t, i) for i, t in enumerate(targets)]
         ModelNoise(bound, backend).estimate(5, 6, weights)
+        assert all(t._version > v for t, v in zip(targets, versions, strict=True))
         results[backend] = targets
     for i, group in enumerate(zip(*results.values(), strict=True)):
         drawn = [exact_noise(group[0], i, k).double().flatten() for k in range(len(weights))]
