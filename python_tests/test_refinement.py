@@ -473,6 +473,49 @@ def test_a_genome_that_stayed_is_compared_by_its_new_seeds_alone(training, tmp_p
     assert stayed >= 3
 
 
+@pytest.mark.parametrize("rotate", [False, True])
+def test_candidates_are_raced_against_the_generation_that_they_are_refined_in(
+    training, tmp_path, rotate
+):
+    settings = dataclasses.replace(SETTINGS, rotate_seeds=rotate)
+    evolve(settings, tmp_path)
+    for number in REFINED_GENERATIONS:
+        rows = query(
+            tmp_path,
+            "SELECT avg(fitness) FILTER (WHERE seed = ?), max(seed = ?) FROM evaluation "
+            "WHERE generation = ? AND place >= 8 GROUP BY key",
+            *(*settings.training_seeds(number), number),
+        )
+        out, through = ([mean for mean, further in rows if further == kind] for kind in (0, 1))
+        assert len(through) > 3
+        assert out
+        assert max(out) < min(through)
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+def test_candidates_of_which_none_is_better_change_nothing(training, tmp_path, monkeypatch, rotate):
+    """Above all not the bar of the next generation's race."""
+    settings = dataclasses.replace(SETTINGS, rotate_seeds=rotate)
+    evolve(dataclasses.replace(settings, refine=0), tmp_path / "plain")
+    run = Refiner.run
+    monkeypatch.setattr(Refiner, "run", lambda *args: dataclasses.replace(run(*args), better=()))
+    evolve(settings, tmp_path / "in vain")
+    for table in ("candidate", "saving", "evaluation"):
+        columns = (
+            "generation, place, key, "
+            + {
+                "candidate": "score",
+                "saving": "task, seed, rule",
+                "evaluation": "task, seed, fitness",
+            }[table]
+        )
+        plain, in_vain = (
+            query(tmp_path / name, f"SELECT {columns} FROM {table} WHERE place < 8 ORDER BY 1, 2")
+            for name in ("plain", "in vain")
+        )
+        assert plain == in_vain
+
+
 def test_a_refined_genome_can_win(training, tmp_path):
     won = 0
     for seed in range(4):
@@ -559,11 +602,13 @@ def test_each_refinement_has_random_numbers_of_its_own():
             return [Result({}, Score(0.5), Score(0.5), (), ())] * len(genomes)
 
     results = [Result({}, Score(0.6), Score(0.6), (), ())] * 2
-    for settings in (SETTINGS, dataclasses.replace(SETTINGS, search=QUICK.search)):
+    for seed in (3, 4):
+        search = dataclasses.replace(SETTINGS.search, seed=seed)
+        settings = dataclasses.replace(SETTINGS, search=search)
         for number in range(settings.search.generations):
             Refiner(settings, FakeRounds()).run(number, [zoo.adam, zoo.rmsprop], results, 0, "")
     firsts = [genomes[0] for *_, genomes in tried]
-    assert len(set(firsts)) == len(firsts) >= 12
+    assert len(set(firsts)) == len(firsts) >= 16
     assert [place for number, place, _ in tried[:4]] == [2, 10, 17, 24]
 
 
