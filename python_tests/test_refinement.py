@@ -688,6 +688,25 @@ def test_the_comparison_at_equal_costs_resumes(tmp_path, monkeypatch, capsys):
     assert "| difference |" in texts[0]
 
 
+def test_the_comparison_at_equal_costs_of_a_single_generation(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(journal, "SYNCHRONOUS", "OFF")
+    monkeypatch.setattr(report, "plot_history", lambda *args: None)
+    arguments = "--landscape --generations 1 --refine 11 --run-seeds 1 --comparison-seeds 1"
+    refine.run(refine.parse([*arguments.split(), "--workers", "1", "--out", str(tmp_path)]))
+    # 12 genomes and 22 candidates of 100 steps; 36 genomes
+    refining, plain, _ = capsys.readouterr().out.splitlines()[-3:]
+    assert refining.startswith("| refining | 34 | 3,400 |")
+    assert plain.startswith("| plain, more generations | 3")
+
+
+def test_the_comparison_needs_candidates_and_different_run_seeds(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        refine.parse(["--refine", "0"])
+    assert "must be at least 1, got 0" in capsys.readouterr().err
+    with pytest.raises(SettingsError, match="run-seeds must be different values, got 1 2 1"):
+        refine.run(refine.parse(["--run-seeds", "1", "2", "1", "--out", str(tmp_path)]))
+
+
 def test_further_genomes_of_a_generation_are_told_and_can_have_children():
     search = GeneticSearch(GeneticConfig(population=6, generations=2, elites=1, seed=5))
     state = search.start()
