@@ -1,8 +1,9 @@
-"""Does refining pay? Evolutions with --refine and without, at equal numbers of training runs.
+"""Does refining pay? Evolutions with --refine and without, at about equal numbers of training runs.
 
 For each run seed the refining run comes first. The plain one has as many more generations as the
 refinement's training runs would have paid for; the table says what each came to, in training steps
-too, since candidates near the best are seldom stopped early. Run it again with the same options and it resumes.
+too, since candidates near the best are seldom stopped early. Run it again with the same options
+and it resumes.
 """
 
 from __future__ import annotations

@@ -362,8 +362,12 @@ def test_where_everything_fails_a_run_stands_still_and_the_next_one_begins():
 
 @pytest.mark.parametrize("is_restart", [True, False])
 def test_a_distribution_that_leaves_the_range_of_floats_ends_its_run(is_restart):
+    def fitness(x):
+        assert np.isfinite(x).all()
+        return float(x[0])
+
     options = {"lr_sigma": 1e200, "is_restart": is_restart, "max_function_evaluations": 60}
-    results = enes(lambda x: float(x[0]), **options).optimize()
+    results = enes(fitness, **options).optimize()
     assert np.isfinite(results["mean"]).all()
     if is_restart:
         assert results["_n_restart"] >= 1
