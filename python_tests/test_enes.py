@@ -377,6 +377,13 @@ def test_a_distribution_that_leaves_the_range_of_floats_ends_its_run(is_restart)
         assert results["n_function_evaluations"] < 60
 
 
+def test_a_factor_out_of_range_ends_a_run_whose_mean_is_within():
+    search = enes(lr_sigma=1e200, is_restart=False)
+    state = dataclasses.replace(search.start(), a=1e150 * np.eye(D))
+    assert len(search.ask(search.tell(state, np.arange(12)))) == 0
+    assert len(search.ask(enes(is_restart=False).tell(state, np.arange(12)))) == 12
+
+
 @pytest.mark.parametrize("scale", [1e-160, 1e160])
 def test_numbers_whose_squares_are_out_of_range_are_searched(scale):
     problem, options = {**PROBLEM}, {**OPTIONS, "mean": np.full(D, 3 * scale)}

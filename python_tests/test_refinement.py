@@ -31,6 +31,7 @@ from evokernels.evolution.trial import Conditions, Outcome, Purpose
 from evokernels.genome import Genome
 from evokernels.search.coordinates import Coordinates
 from evokernels.search.genetic import GeneticConfig, GeneticSearch, Scored
+from evokernels.search.natural import utilities
 from evokernels.search.operators import NUMERIC, RATES, crossover, random_genome
 from evokernels.search.refinement import Refinement, generation_size
 from evokernels.search.score import Score, Status
@@ -249,6 +250,20 @@ def test_the_last_candidates_begin_with_the_mean():
     assert SPACE.vector(mean) == pytest.approx(state.search.mean, abs=1e-8)
     assert np.abs(state.search.mean).max() > 1e-3
     assert len(rest) == len({*rest} - {mean}) == 2
+
+
+def test_a_generation_moves_the_mean_most_of_the_way_to_its_better_half():
+    """Not a quarter of it; the baseline takes the mean of all candidates off."""
+    size = generation_size(len(SPACE))
+    shares = []
+    for seed in range(20):
+        refinement = Refinement(SPACE, 40, seed)
+        state = refinement.start()
+        told = refinement.tell(state, [Score(-float(place)) for place in range(size)])
+        u = utilities(size, size / 2)
+        aim = u @ state.search.candidates / u.sum()
+        shares.append(told.search.mean @ aim / (aim @ aim))
+    assert 0.5 < np.mean(shares) < 1.1
 
 
 def test_equal_scores_make_equal_candidates_and_other_seeds_others():
