@@ -20,7 +20,7 @@ from evokernels.compiler.canonical import canonical_key
 from evokernels.compiler.genes import independent_terms, numbers_read
 from evokernels.compiler.lower import RATE, lower
 from evokernels.errors import JournalError, SettingsError
-from evokernels.evolution import journal, pool, report
+from evokernels.evolution import journal, pool, report, run
 from evokernels.evolution.history import Result
 from evokernels.evolution.journal import JOURNAL
 from evokernels.evolution.ledger import ledger_line
@@ -468,7 +468,7 @@ def test_scores_on_the_same_seeds_decide_not_those_that_are_told(origin, candida
 
 def test_a_genome_that_stayed_is_compared_by_its_new_seeds_alone(training, tmp_path, monkeypatch):
     settings = dataclasses.replace(SETTINGS, rotate_seeds=True)
-    run, stayed = Refiner.run, 0
+    refiner_run, stayed = Refiner.run, 0
 
     def checked(refiner, number, genomes, results, *rest):
         nonlocal stayed
@@ -481,7 +481,7 @@ def test_a_genome_that_stayed_is_compared_by_its_new_seeds_alone(training, tmp_p
             if result.paired is not None:
                 assert result.paired.fitness == pytest.approx(rows[0][0])
                 stayed += result.paired != result.score
-        return run(refiner, number, genomes, results, *rest)
+        return refiner_run(refiner, number, genomes, results, *rest)
 
     monkeypatch.setattr(Refiner, "run", checked)
     evolve(settings, tmp_path)
@@ -512,8 +512,10 @@ def test_candidates_of_which_none_is_better_change_nothing(training, tmp_path, m
     """Above all not the bar of the next generation's race."""
     settings = dataclasses.replace(SETTINGS, rotate_seeds=rotate)
     evolve(dataclasses.replace(settings, refine=0), tmp_path / "plain")
-    run = Refiner.run
-    monkeypatch.setattr(Refiner, "run", lambda *args: dataclasses.replace(run(*args), better=()))
+    refiner_run = Refiner.run
+    monkeypatch.setattr(
+        Refiner, "run", lambda *args: dataclasses.replace(refiner_run(*args), better=())
+    )
     evolve(settings, tmp_path / "in vain")
     for table in ("candidate", "saving", "evaluation"):
         columns = (
@@ -529,6 +531,22 @@ def test_candidates_of_which_none_is_better_change_nothing(training, tmp_path, m
             for name in ("plain", "in vain")
         )
         assert plain == in_vain
+
+
+def test_what_joins_the_last_generation_can_be_a_finalist(training, tmp_path, monkeypatch, joined):
+    choose, late = run.choose_winner, 0
+
+    def checked(settings, evaluations, best, last, still_to_come):
+        nonlocal late
+        late += len(joined[3])
+        assert [canonical_key(entry.genome) for entry in last[8:]] == joined[3]
+        return choose(settings, evaluations, best, last, still_to_come)
+
+    monkeypatch.setattr(run, "choose_winner", checked)
+    for seed in range(3):
+        search = dataclasses.replace(SETTINGS.search, seed=seed)
+        evolve(dataclasses.replace(SETTINGS, search=search), tmp_path / str(seed))
+    assert late
 
 
 def test_a_refined_genome_can_win(training, tmp_path):
