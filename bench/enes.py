@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.metadata
 import json
 import math
 import os
@@ -114,7 +115,11 @@ def measure(
         "command": shlex.join(["python", *sys.argv]),
         "processor": processor(),
         "blas threads": os.environ.get("OPENBLAS_NUM_THREADS", "all"),
-        "versions": {"python": platform.python_version(), "numpy": np.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            PYPOP7: importlib.metadata.version("pypop7"),
+        },
         "evaluations": options.evaluations,
         "passes": passes,
     }

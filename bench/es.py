@@ -2,10 +2,11 @@
 
     python bench/es.py curve     # y = 2x^2 + 5 by a 1-10-10-1 network: the source document's task
     python bench/es.py images    # a 784-32-10 network on the embedded Fashion-MNIST images
+    python bench/es.py rates     # which learning rates "images" should have: validation images
     python bench/es.py speed     # an iteration: the source's program, torch.bmm, ours
 
-The first two train with each update in turn and write a CSV and a picture; run again with the same
-options they resume, or show the result of a training that is complete.
+The first three train with each update in turn and write a CSV and a picture, after Ctrl-C too; run
+again with the same options they resume, or show the result of a training that is complete.
 """
 
 from __future__ import annotations
@@ -83,20 +84,32 @@ def learn(options: argparse.Namespace) -> None:
     fields = dataclasses.fields(Settings)
     settings = Settings(**{field.name: getattr(options, field.name) for field in fields})
     example = EXAMPLES[options.example](settings)
-    curves = {}
-    with Bar("iteration") as bar:
-        for place, update in enumerate(options.updates):
+    curves: dict[str, list[Row]] = {}
+    try:
+        with Bar("iteration") as bar:
+            for place, update in enumerate(options.updates):
+                path = options.out / f"{update.replace(' ', '_')}.pt"
+                for row in train(example, update, settings, path):
+                    curves.setdefault(update, []).append(row)
+                    done = place * settings.iterations + row.iteration
+                    total = len(options.updates) * settings.iterations
+                    bar.show(done, total, f"{update} {row.value:.3g}")
+    except KeyboardInterrupt:
+        if curves:
+            report(options.out / options.example, example, settings, curves)
+        raise
+    report(options.out / options.example, example, settings, curves)
 
-            def show(done: int, value: float, place: int = place, update: str = update) -> None:
-                total = len(options.updates) * settings.iterations
-                bar.show(place * settings.iterations + done, total, f"{update} {value:.3g}")
 
-            path = options.out / f"{update.replace(' ', '_')}.pt"
-            curves[update] = train(example, update, settings, path, show)
-    rows = ((update, *row) for update, curve in curves.items() for row in curve)
-    table = csv_text(["update", "iteration", "evaluations", example.quantity], rows)
-    write_atomically(options.out / f"{options.example}.csv", table.encode())
-    draw(options.out / f"{options.example}.png", example, curves)
+def report(path: pathlib.Path, example: Example, settings: Settings, curves: Curves) -> None:
+    """Write ``path`` with .csv and .png added, print what came of it."""
+    given = dataclasses.asdict(settings)
+    rows = ((u, *row, *given.values()) for u, curve in curves.items() for row in curve)
+    table = csv_text(["update", "iteration", "evaluations", example.quantity, *given], rows)
+    write_atomically(path.with_suffix(".csv"), table.encode())
+    words = ", ".join(f"{name} {value:,}" for name, value in given.items())
+    draw(path.with_suffix(".png"), example, words, curves)
+    print(f"{path.name}: {words}\n")
     print("\n".join(result(example, curves)))
 
 
@@ -118,7 +131,7 @@ def result(example: Example, curves: Curves) -> Iterator[str]:
     yield from markdown(head[columns], (row[columns] for row in rows))
 
 
-def draw(path: pathlib.Path, example: Example, curves: Curves) -> None:
+def draw(path: pathlib.Path, example: Example, title: str, curves: Curves) -> None:
     """The quantity over evaluations; one with a target to fall to has logarithmic axes."""
     from matplotlib.figure import Figure  # here: it takes half a second, which --help would pay
 
@@ -129,6 +142,7 @@ def draw(path: pathlib.Path, example: Example, curves: Curves) -> None:
     if example.target:
         axes.loglog()
         axes.axhline(example.target, color="black", lw=0.8, ls="--", label="target")
+    axes.set_title(title, fontsize="small")
     axes.set_xlabel("evaluations (members scored)")
     axes.set_ylabel(example.quantity)
     axes.grid(alpha=0.3)

@@ -7,9 +7,10 @@ import io
 import pathlib
 import pickle
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import source_es
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from evokernels.tasks import Draw, load_images
 
 __all__ = ["EXAMPLES", "Example", "Row", "Settings", "curve_network", "image_network", "train"]
 
+HELD_BACK = 1_000  # training images that only learning rates are chosen by
 SAVE_SECONDS = 10.0  # of training that an interruption may cost
 
 Parameters = Iterable[nn.Parameter]
@@ -162,19 +164,20 @@ class Images:
     """Classes of images; fitness is minus the cross entropy of a batch, new in each generation."""
 
     quantity = "test accuracy"
+    split = "test"
     target = None
     strategy: Mapping[str, Any] = {"antithetic": True, "utility": "centered_ranks"}
-    updates: Mapping[str, Update] = {
-        "Adam": genome_update(scheduled(zoo.adam, -2.0)),
-        "evolved_2025": genome_update(scheduled(zoo.evolved_2025, -2.5)),
+    updates: Mapping[str, Update] = {  # of `Rates` the ones with the best end
+        "Adam": genome_update(scheduled(zoo.adam, -2.5)),
+        "evolved_2025": genome_update(scheduled(zoo.evolved_2025, -3.0)),
     }
-    defaults = Settings(2_000, population=100, sigma=0.02, samples=256, every=20)
+    defaults = Settings(1_000, population=100, sigma=0.02, samples=256, every=20)
 
     def __init__(self, settings: Settings) -> None:
-        data = load_images("fashion_mnist_mini")
+        data = load_images("fashion_mnist_mini", validation_samples=HELD_BACK)
         make = data.maker()
-        self._train, self._test = (
-            make(split, Draw(data.samples(split))) for split in ("train", "test")
+        self._train, self._measured = (
+            make(split, Draw(data.samples(split))) for split in ("train", self.split)
         )
         self._settings = settings
 
@@ -184,18 +187,30 @@ class Images:
 
     def fitness(self, forward: PopulationForward, strategy: EvolutionStrategy) -> torch.Tensor:
         """As `Example` says."""
-        generator = torch.Generator().manual_seed(strategy.generation)
+        generator = np.random.default_rng((self._settings.seed, strategy.generation))
         x, y = self._train
-        chosen = torch.randint(len(y), (self._settings.samples,), generator=generator)
+        chosen = torch.from_numpy(generator.integers(len(y), size=self._settings.samples))
         return -forward.losses(x[chosen], y[chosen], "cross_entropy", strategy)
 
     def measure(self, forward: PopulationForward) -> float:
         """As `Example` says."""
-        x, y = self._test
+        x, y = self._measured
         return 1 - forward.losses(x, y, "mistakes").item() / len(y)
 
 
-EXAMPLES: dict[str, type[Example]] = {"curve": Curve, "images": Images}
+class Rates(Images):
+    """Learning rates of the images' updates, measured on images held back from the training."""
+
+    quantity = "validation accuracy"
+    split = "validation"
+    updates: Mapping[str, Update] = {
+        f"{name} 10^{rate}": genome_update(scheduled(genome, rate))
+        for name, genome in {"Adam": zoo.adam, "evolved_2025": zoo.evolved_2025}.items()
+        for rate in (-2.0, -2.5, -3.0, -3.5)
+    }
+
+
+EXAMPLES: dict[str, type[Example]] = {"curve": Curve, "images": Images, "rates": Rates}
 
 
 def train(
@@ -203,13 +218,11 @@ def train(
     update: str,
     settings: Settings,
     path: pathlib.Path,
-    show: Callable[[int, float], None],
-) -> list[Row]:
-    """Train from the beginning, or from where ``path`` is; every row.
+) -> Iterator[Row]:
+    """Train from the beginning, or from where ``path`` is; every row when it is measured.
 
     Args:
         path: of the state, written every few seconds and at the end.
-        show: is told iterations made and the last value.
 
     Raises:
         JournalError: the state is of other settings or damaged, or cannot be written.
@@ -228,17 +241,19 @@ def train(
     forward = PopulationForward.of(network)
     parts = {"network": network, "optimizer": optimizer, "strategy": strategy}
     rows = load(path, settings, parts)
+    yield from rows
     saved = time.monotonic()
     while strategy.generation < settings.iterations:
         strategy.tell(example.fitness(forward, strategy))
         done = strategy.generation
-        if done % settings.every == 0 or done == settings.iterations:
+        measured = done % settings.every == 0 or done == settings.iterations
+        if measured:
             rows.append(Row(done, done * settings.population, example.measure(forward)))
-            show(done, rows[-1].value)
         if done == settings.iterations or time.monotonic() > saved + SAVE_SECONDS:
             save(path, settings, parts, rows)
             saved = time.monotonic()
-    return rows
+        if measured:
+            yield rows[-1]
 
 
 def save(path: pathlib.Path, settings: Settings, parts: Mapping[str, Any], rows: list[Row]) -> None:

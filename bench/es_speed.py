@@ -17,9 +17,19 @@ from torch.nn import functional
 
 from evokernels.es import EvolutionStrategy, PopulationForward
 
-__all__ = ["BATCHED", "OURS", "SOURCE", "batched_losses", "contestants", "speed_table"]
+__all__ = [
+    "BATCHED",
+    "OURS",
+    "SOURCE",
+    "SOURCE_ALONE",
+    "batched_losses",
+    "contestants",
+    "our_iteration",
+    "speed_table",
+]
 
 SOURCE, BATCHED, OURS = "source, numba", "torch.bmm", "evokernels"
+SOURCE_ALONE = f"{SOURCE}, products on one thread"
 
 Iteration = Callable[[], float]  # a generation and the model's new loss, which it returns
 IMAGES = 1_000
@@ -29,12 +39,20 @@ WARM = 2  # iterations that are not timed
 def contestants() -> dict[str, dict[str, Iteration]]:
     """By case and name. Each draws noise, scores 100 members, takes a plain step, scores itself."""
     s = np.random.default_rng(0).standard_normal((1, source_es.SAMPLES))
+    source = source_es.SourceProgram(s)
+    alone = source_iteration(source)
+
+    def on_one_thread() -> float:
+        with source.on_one_thread():
+            return alone()
+
     inputs = torch.from_numpy(s.T).float()
     curve = inputs, source_es.curve(inputs), "squares"
     images = torch.rand(IMAGES, 784), torch.randint(10, (IMAGES,)), "cross_entropy"
     return {
         f"1-10-10-1, {source_es.SAMPLES:,} samples": {
-            SOURCE: source_iteration(s),
+            SOURCE: source_iteration(source),
+            SOURCE_ALONE: on_one_thread,
             BATCHED: batched_iteration(curve_network(), *curve),
             OURS: our_iteration(curve_network(), *curve),
         },
@@ -45,9 +63,8 @@ def contestants() -> dict[str, dict[str, Iteration]]:
     }
 
 
-def source_iteration(s: np.ndarray) -> Iteration:
-    """The source's, compiled here."""
-    program = source_es.SourceProgram(s)
+def source_iteration(program: source_es.SourceProgram) -> Iteration:
+    """The source's."""
     w = np.random.default_rng(1).standard_normal(source_es.NUMBERS)
 
     def iterate() -> float:
@@ -129,7 +146,7 @@ def speed_table(passes: int) -> Iterator[str]:
     yield (
         f"One generation of {source_es.POPULATION} members on {processor()}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}; {passes} passes in turns, "
-        "medians."
+        "medians. The source computes in float64, the others in float32."
     )
     for case, iterations in contestants().items():
         yield ""

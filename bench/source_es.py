@@ -5,13 +5,15 @@ A population in float64, one member after another, each a few NumPy calls that n
 reward of a member is 1 / NMSE. Its "relu" is `where(h < 0, h, 0)`, the negative part: of w1, b1,
 b2 and w3 with the other sign it is the network of relus. The document's loop runs 5,000 iterations
 and prints each; here one is a call, and its noise another. It needs numba, and scipy, by which
-numba multiplies matrices: ``pip install "evokernels[bench]"``.
+numba multiplies matrices: ``pip install "evokernels[bench]"``. As it stands there the products
+are shared out to all cores, which are slower together than one: they are too small.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import numpy as np
 
@@ -42,19 +44,25 @@ class SourceProgram:
         s: inputs, float64 (1, samples).
 
     Raises:
-        BackendError: numba or scipy is not installed.
+        BackendError: numba, scipy or threadpoolctl cannot be loaded.
     """
 
     def __init__(self, s: np.ndarray) -> None:
         try:
             import scipy  # noqa: F401
             from numba import jit
+            from threadpoolctl import ThreadpoolController
         except ImportError as error:
             raise BackendError(
-                f"the source's program is compiled by numba and multiplies by scipy, but there is "
-                f'no {error.name}; install both with: pip install "evokernels[bench]"'
+                "the source's program needs numba, scipy and threadpoolctl, but: "
+                f'{error}; install them with: pip install "evokernels[bench]"'
             ) from None
+        self._libraries = ThreadpoolController()
         self._draw, self._iterate = _compiled(s, curve(s), jit)
+
+    def on_one_thread(self) -> AbstractContextManager[object]:
+        """Keeps products of matrices on the calling thread for as long as the block lasts."""
+        return self._libraries.limit(limits=1, user_api="blas")
 
     def draw(self, members: int) -> np.ndarray:
         """Noise of a population, float64 (members, NUMBERS), from numba's generator."""

@@ -12,13 +12,14 @@
 /* What tells the noise of one tensor, for one member of one generation, from all other noise. */
 typedef struct {
     uint64_t seed;
-    uint32_t generation, member, position; /* of the tensor in its model: below 2^24 */
+    uint32_t generation, member, position; /* of the tensor in its model: below 2^24 - 1 */
 } evk_noise;
 
 /* The words behind elements 4 * quarter, …, 4 * quarter + 3 of a tensor. */
 EVK_INLINE quad noise_words(const evk_noise *noise, uint64_t quarter) {
-    /* tensors have fewer than 2^42 elements, so the upper bits are free for the tensor */
-    return philox((uint32_t)quarter, (uint32_t)(quarter >> 32) | noise->position << 8,
+    /* tensors have fewer than 2^42 elements, so the upper bits are free for the tensor; never 0
+     * there, where stochastic rounding has its counters */
+    return philox((uint32_t)quarter, (uint32_t)(quarter >> 32) | (noise->position + 1) << 8,
                   noise->member, noise->generation, (uint32_t)noise->seed,
                   (uint32_t)(noise->seed >> 32));
 }

@@ -15,7 +15,7 @@ typedef struct {
     const evk_layout *target_layout, *centre_layout;
     int64_t elements;
     int32_t format;
-    uint32_t position; /* of the tensor in its model: below 2^24 */
+    uint32_t position; /* of the tensor in its model: below 2^24 - 1 */
 } evk_noisy;
 
 /* target = centre + scale * noise, for one member. The result does not depend on `threads`. */

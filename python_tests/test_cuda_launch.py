@@ -437,7 +437,7 @@ def no_library():
 
 REASONS = [
     ("cuda 12.6 driver", {"number": 12060}, "supports CUDA 12.6, NVRTC is of CUDA 13.0: update"),
-    ("amd", {"version.hip": "6.4", "version.cuda": None}, "AMD GPUs .ROCm 6.4.; use 'triton'"),
+    ("amd", {"version.hip": "6.4", "version.cuda": None}, "AMD GPUs .ROCm 6.4.; use 'auto'"),
     ("no device", {"cuda.is_available": lambda: False}, "torch finds no CUDA device"),
     (
         "bindings",

@@ -362,8 +362,12 @@ def test_where_everything_fails_a_run_stands_still_and_the_next_one_begins():
 
 @pytest.mark.parametrize("is_restart", [True, False])
 def test_a_distribution_that_leaves_the_range_of_floats_ends_its_run(is_restart):
+    def fitness(x):
+        assert np.isfinite(x).all()
+        return float(x[0])
+
     options = {"lr_sigma": 1e200, "is_restart": is_restart, "max_function_evaluations": 60}
-    results = enes(lambda x: float(x[0]), **options).optimize()
+    results = enes(fitness, **options).optimize()
     assert np.isfinite(results["mean"]).all()
     if is_restart:
         assert results["_n_restart"] >= 1
@@ -371,6 +375,24 @@ def test_a_distribution_that_leaves_the_range_of_floats_ends_its_run(is_restart)
     else:
         assert results["termination_signal"] is Termination.EARLY_STOPPING
         assert results["n_function_evaluations"] < 60
+
+
+def test_a_factor_out_of_range_ends_a_run_whose_mean_is_within():
+    search = enes(lr_sigma=1e200, is_restart=False)
+    state = dataclasses.replace(search.start(), a=1e150 * np.eye(D))
+    assert len(search.ask(search.tell(state, np.arange(12)))) == 0
+    assert len(search.ask(enes(is_restart=False).tell(state, np.arange(12)))) == 12
+
+
+@pytest.mark.parametrize("scale", [1e-160, 1e160])
+def test_numbers_whose_squares_are_out_of_range_are_searched(scale):
+    problem, options = {**PROBLEM}, {**OPTIONS, "mean": np.full(D, 3 * scale)}
+    for name in ("lower_boundary", "upper_boundary"):
+        problem[name] = scale * PROBLEM[name]
+    problem["fitness_function"] = lambda x: float(np.abs(x / scale - 1).sum())
+    results = ENES(problem, {**options, "is_restart": False}).optimize()
+    assert results["n_function_evaluations"] == options["max_function_evaluations"]
+    assert np.isfinite(results["mean"]).all()
 
 
 # Limits
@@ -405,6 +427,15 @@ def test_time_ends_a_search(monkeypatch, batched, evaluations):
     assert results["n_function_evaluations"] == evaluations
     assert results["termination_signal"] is Termination.MAX_RUNTIME
     assert results["runtime"] == results["time_function_evaluations"] == now
+
+
+def test_a_search_without_time_for_a_generation_has_found_nothing(monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
+    results = enes(max_runtime=1).optimize()
+    assert results["termination_signal"] is Termination.MAX_RUNTIME
+    assert results["fitness"].shape == (0, 2)
+    assert results["best_so_far_x"] is None
 
 
 def test_success_is_a_best_candidate_within_the_boundaries():
@@ -458,6 +489,7 @@ def test_verbose_prints_a_line_every_so_many_generations(capsys):
         ("n_parents", 1, "n_parents must be a whole number from 2 to 12, got 1"),
         ("n_parents", 13, "n_parents must be a whole number from 2 to 12, got 13"),
         ("max_function_evaluations", 0, "max_function_evaluations must be a whole number"),
+        ("max_function_evaluations", np.ones(2), "max_function_evaluations must be a whole number"),
         ("max_function_evaluations", math.nan, "max_function_evaluations must be a whole number"),
         ("max_runtime", 0, "max_runtime must be a number above 0, got 0"),
         ("max_runtime", math.nan, "max_runtime must be a number above 0"),
@@ -483,7 +515,10 @@ def test_bad_settings_are_named(key, value, message):
         (np.ones((12, 1)), r"shape \(12, 1\) for 12 candidates"),
         (1.0, r"shape \(\) for 12 candidates"),
         (["low"] * 12, "must be a real number"),
+        (["1.0"] * 12, "must be a real number"),
         ([1j] * 12, "must be a real number"),
+        (np.full(12, 1j), "must be a real number"),
+        ([None] + [1.0] * 11, "must be a real number"),  # not a NaN, which would rank last
         (None, "shape|real number"),
     ],
 )

@@ -74,7 +74,7 @@ def same_bits(a, b):
 
 
 # seed, generation, member, position; the largest of each
-KEYS = [(0, 0, 0, 0), (7 << 40 | 9, 11, 13, 17), (2**64 - 1, 2**32 - 1, 2**32 - 1, 2**24 - 1)]
+KEYS = [(0, 0, 0, 0), (7 << 40 | 9, 11, 13, 17), (2**64 - 1, 2**32 - 1, 2**32 - 1, 2**24 - 2)]
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -249,9 +249,9 @@ def exact_noise(tensor, position, member, seed=5, generation=6):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_perturbing_adds_the_noise_and_rounds_once(backend, dtype):
-    centres, targets = tensors_of(dtype), tensors_of(dtype, 1)
-    # dense where the targets are not, and the other way round
-    centres = centres[: len(SHAPES)] + [c.contiguous() for c in centres[len(SHAPES) :]]
+    dense = [[t.contiguous() for t in tensors_of(dtype, seed)] for seed in (3, 4)]
+    centres = [*tensors_of(dtype), *tensors_of(dtype, 1), *dense[0]]  # either may be strided
+    targets = [*tensors_of(dtype, 2), *dense[1], *tensors_of(dtype, 5)]
     bound = [NoisyTensor(t, i, c) for i, (t, c) in enumerate(zip(targets, centres, strict=True))]
     versions = [t._version for t in targets]
     ModelNoise(bound, backend).perturb(5, 6, 7, -0.03)
@@ -269,8 +269,10 @@ def test_an_estimate_is_the_weighted_sum_of_the_noise(dtype):
     results = {}
     for backend in BACKENDS:
         targets = tensors_of(dtype)
+        versions = [t._version for t in targets]
         bound = [NoisyTensor(t, i) for i, t in enumerate(targets)]
         ModelNoise(bound, backend).estimate(5, 6, weights)
+        assert all(t._version > v for t, v in zip(targets, versions, strict=True))
         results[backend] = targets
     for i, group in enumerate(zip(*results.values(), strict=True)):
         drawn = [exact_noise(group[0], i, k).double().flatten() for k in range(len(weights))]
@@ -368,7 +370,7 @@ def test_where_the_library_is_missing_torch_takes_over(monkeypatch):
 def test_words_come_from_philox_as_the_header_says():
     """Element 4 * quarter + 2 of the noise, from its words by the exact formula."""
     seed, generation, member, position, quarter = 2**63 + 5, 6, 7, 2**23 + 8, 2**33 + 9
-    counter = (quarter % 2**32, quarter >> 32 | position << 8, member, generation)
+    counter = (quarter % 2**32, quarter >> 32 | (position + 1) << 8, member, generation)
     words = philox(tuple(torch.tensor([word]) for word in counter), seed)
     _, x, y = exact_pair(*words[2:])
     drawn = native_normal(seed, generation, member, position, 4 * quarter + 2, 2)

@@ -20,7 +20,7 @@ from evokernels.compiler.canonical import canonical_key
 from evokernels.compiler.genes import independent_terms, numbers_read
 from evokernels.compiler.lower import RATE, lower
 from evokernels.errors import JournalError, SettingsError
-from evokernels.evolution import journal, pool, report
+from evokernels.evolution import journal, pool, report, run
 from evokernels.evolution.history import Result
 from evokernels.evolution.journal import JOURNAL
 from evokernels.evolution.ledger import ledger_line
@@ -31,6 +31,7 @@ from evokernels.evolution.trial import Conditions, Outcome, Purpose
 from evokernels.genome import Genome
 from evokernels.search.coordinates import Coordinates
 from evokernels.search.genetic import GeneticConfig, GeneticSearch, Scored
+from evokernels.search.natural import utilities
 from evokernels.search.operators import NUMERIC, RATES, crossover, random_genome
 from evokernels.search.refinement import Refinement, generation_size
 from evokernels.search.score import Score, Status
@@ -251,6 +252,20 @@ def test_the_last_candidates_begin_with_the_mean():
     assert len(rest) == len({*rest} - {mean}) == 2
 
 
+def test_a_generation_moves_the_mean_most_of_the_way_to_its_better_half():
+    """Not a quarter of it; the baseline takes the mean of all candidates off."""
+    size = generation_size(len(SPACE))
+    shares = []
+    for seed in range(20):
+        refinement = Refinement(SPACE, 40, seed)
+        state = refinement.start()
+        told = refinement.tell(state, [Score(-float(place)) for place in range(size)])
+        u = utilities(size, size / 2)
+        aim = u @ state.search.candidates / u.sum()
+        shares.append(told.search.mean @ aim / (aim @ aim))
+    assert 0.5 < np.mean(shares) < 1.1
+
+
 def test_equal_scores_make_equal_candidates_and_other_seeds_others():
     assert refined(bowl, 30) == refined(bowl, 30)
     assert refined(bowl, 30)[0] != refined(bowl, 30, seed=1)[0]
@@ -453,7 +468,7 @@ def test_scores_on_the_same_seeds_decide_not_those_that_are_told(origin, candida
 
 def test_a_genome_that_stayed_is_compared_by_its_new_seeds_alone(training, tmp_path, monkeypatch):
     settings = dataclasses.replace(SETTINGS, rotate_seeds=True)
-    run, stayed = Refiner.run, 0
+    refiner_run, stayed = Refiner.run, 0
 
     def checked(refiner, number, genomes, results, *rest):
         nonlocal stayed
@@ -466,11 +481,72 @@ def test_a_genome_that_stayed_is_compared_by_its_new_seeds_alone(training, tmp_p
             if result.paired is not None:
                 assert result.paired.fitness == pytest.approx(rows[0][0])
                 stayed += result.paired != result.score
-        return run(refiner, number, genomes, results, *rest)
+        return refiner_run(refiner, number, genomes, results, *rest)
 
     monkeypatch.setattr(Refiner, "run", checked)
     evolve(settings, tmp_path)
     assert stayed >= 3
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+def test_candidates_are_raced_against_the_generation_that_they_are_refined_in(
+    training, tmp_path, rotate
+):
+    settings = dataclasses.replace(SETTINGS, rotate_seeds=rotate)
+    evolve(settings, tmp_path)
+    for number in REFINED_GENERATIONS:
+        rows = query(
+            tmp_path,
+            "SELECT avg(fitness) FILTER (WHERE seed = ?), max(seed = ?) FROM evaluation "
+            "WHERE generation = ? AND place >= 8 GROUP BY key",
+            *(*settings.training_seeds(number), number),
+        )
+        out, through = ([mean for mean, further in rows if further == kind] for kind in (0, 1))
+        assert len(through) > 3
+        assert out
+        assert max(out) < min(through)
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+def test_candidates_of_which_none_is_better_change_nothing(training, tmp_path, monkeypatch, rotate):
+    """Above all not the bar of the next generation's race."""
+    settings = dataclasses.replace(SETTINGS, rotate_seeds=rotate)
+    evolve(dataclasses.replace(settings, refine=0), tmp_path / "plain")
+    refiner_run = Refiner.run
+    monkeypatch.setattr(
+        Refiner, "run", lambda *args: dataclasses.replace(refiner_run(*args), better=())
+    )
+    evolve(settings, tmp_path / "in vain")
+    for table in ("candidate", "saving", "evaluation"):
+        columns = (
+            "generation, place, key, "
+            + {
+                "candidate": "score",
+                "saving": "task, seed, rule",
+                "evaluation": "task, seed, fitness",
+            }[table]
+        )
+        plain, in_vain = (
+            query(tmp_path / name, f"SELECT {columns} FROM {table} WHERE place < 8 ORDER BY 1, 2")
+            for name in ("plain", "in vain")
+        )
+        assert plain == in_vain
+
+
+def test_what_joins_the_last_generation_can_be_a_finalist(training, tmp_path, monkeypatch, joined):
+    choose, late = run.choose_winner, 0
+
+    def checked(settings, evaluations, best, last, still_to_come):
+        nonlocal late
+        late += len(joined[3])
+        assert [canonical_key(entry.genome) for entry in last[8:]] == joined[3]
+        return choose(settings, evaluations, best, last, still_to_come)
+
+    monkeypatch.setattr(run, "choose_winner", checked)
+    for seed in range(3):
+        search = dataclasses.replace(SETTINGS.search, seed=seed)
+        evolve(dataclasses.replace(SETTINGS, search=search), tmp_path / str(seed))
+    assert late
 
 
 def test_a_refined_genome_can_win(training, tmp_path):
@@ -559,11 +635,13 @@ def test_each_refinement_has_random_numbers_of_its_own():
             return [Result({}, Score(0.5), Score(0.5), (), ())] * len(genomes)
 
     results = [Result({}, Score(0.6), Score(0.6), (), ())] * 2
-    for settings in (SETTINGS, dataclasses.replace(SETTINGS, search=QUICK.search)):
+    for seed in (3, 4):
+        search = dataclasses.replace(SETTINGS.search, seed=seed)
+        settings = dataclasses.replace(SETTINGS, search=search)
         for number in range(settings.search.generations):
             Refiner(settings, FakeRounds()).run(number, [zoo.adam, zoo.rmsprop], results, 0, "")
     firsts = [genomes[0] for *_, genomes in tried]
-    assert len(set(firsts)) == len(firsts) >= 12
+    assert len(set(firsts)) == len(firsts) >= 16
     assert [place for number, place, _ in tried[:4]] == [2, 10, 17, 24]
 
 
@@ -641,6 +719,25 @@ def test_the_comparison_at_equal_costs_resumes(tmp_path, monkeypatch, capsys):
         assert abs(ours - theirs) <= 12  # a generation
     assert f"| refining | {sum(refining) / 2:.0f} |" in texts[0]
     assert "| difference |" in texts[0]
+
+
+def test_the_comparison_at_equal_costs_of_a_single_generation(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(journal, "SYNCHRONOUS", "OFF")
+    monkeypatch.setattr(report, "plot_history", lambda *args: None)
+    arguments = "--landscape --generations 1 --refine 11 --run-seeds 1 --comparison-seeds 1"
+    refine.run(refine.parse([*arguments.split(), "--workers", "1", "--out", str(tmp_path)]))
+    # 12 genomes and 22 candidates of 100 steps; 36 genomes
+    refining, plain, _ = capsys.readouterr().out.splitlines()[-3:]
+    assert refining.startswith("| refining | 34 | 3,400 |")
+    assert plain.startswith("| plain, more generations | 3")
+
+
+def test_the_comparison_needs_candidates_and_different_run_seeds(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        refine.parse(["--refine", "0"])
+    assert "must be at least 1, got 0" in capsys.readouterr().err
+    with pytest.raises(SettingsError, match="run-seeds must be different values, got 1 2 1"):
+        refine.run(refine.parse(["--run-seeds", "1", "2", "1", "--out", str(tmp_path)]))
 
 
 def test_further_genomes_of_a_generation_are_told_and_can_have_children():

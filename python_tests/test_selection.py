@@ -21,6 +21,7 @@ from evokernels.evolution.run import evolve
 from evokernels.evolution.settings import RunSettings
 from evokernels.evolution.trial import Conditions, Outcome, Purpose
 from evokernels.search.genetic import GeneticConfig, GeneticSearch
+from evokernels.search.racing import SeedModel
 from evokernels.search.score import Status
 
 TASKS = ("fashion_mnist_mini", "mnist")
@@ -127,6 +128,26 @@ def test_rotating_seeds_need_an_elite():
     search = dataclasses.replace(SETTINGS.search, elites=0)
     with pytest.raises(SettingsError, match="elites must be at least 1 with rotate_seeds, got 0"):
         dataclasses.replace(ROTATING, search=search)
+
+
+def test_an_optimizer_that_a_generation_has_twice_counts_once_for_the_seeds(
+    training, tmp_path, monkeypatch
+):
+    told = []
+    model_of = SeedModel.of
+
+    def noting(rows):
+        told.append([tuple(row.values()) for row in rows])
+        return model_of(dict(enumerate(row)) for row in told[-1])
+
+    monkeypatch.setattr(GeneticSearch, "ask", lambda search, state: 2 * state.population[:6])
+    monkeypatch.setattr(SeedModel, "of", noting)
+    settings = dataclasses.replace(
+        SETTINGS, search=dataclasses.replace(SETTINGS.search, generations=1)
+    )
+    evolve(settings, tmp_path)
+    ((*rows,),) = told
+    assert 3 <= len(set(rows)) == len(rows) <= 6
 
 
 # The winner

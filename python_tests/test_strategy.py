@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 import random
 
 import numpy as np
@@ -41,6 +42,11 @@ def loss_of(model):
 def strategy_for(model, optimizer=None, **options):
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
     return EvolutionStrategy(model, optimizer, **{"population": 8, "sigma": 0.05, **options})
+
+
+def fitness_at(strategy, member):
+    with strategy.perturbed(member) as model:
+        return float(fitness(model))
 
 
 def noise_of(model, seed, generation, member):
@@ -132,8 +138,7 @@ def test_ask_scores_each_member_as_perturbed_does():
     assert scores.dtype == np.float64
     assert scores.shape == (8,)
     for member in reversed(range(8)):
-        with strategy.perturbed(member):
-            assert float(fitness(model)) == scores[member]
+        assert fitness_at(strategy, member) == scores[member]
     assert len(set(scores)) == 8
 
 
@@ -199,6 +204,47 @@ def test_any_optimizer_will_do(make):
     optimizer = make(model.parameters())
     trained(model, optimizer, 30, population=16, utility="centered_ranks")
     assert loss_of(model) < 0.97 * start
+
+
+def test_optimizers_with_schedulers_and_wrapped_steps():
+    class Wrapped(torch.optim.SGD):
+        def step(self, *args, **kwargs):
+            return super().step(*args, **kwargs)
+
+    model = network()
+    optimizer = Wrapped(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.0)
+    strategy = strategy_for(model, optimizer)  # by now `optimizer.step` is the scheduler's
+    before = flat(model.parameters())
+    strategy.tell(range(8))
+    moved = flat(model.parameters())
+    assert not torch.equal(moved, before)
+    scheduler.step()
+    strategy.tell(range(8))
+    assert torch.equal(flat(model.parameters()), moved)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_a_copy_goes_on_as_the_original_does(again):
+    model = network()
+    original = strategy_for(model, FusedEvolvedOptimizer(model.parameters(), zoo.adam))
+    original.tell(original.ask(fitness))
+    copied = again(original)
+    for strategy in (original, copied):
+        strategy.tell(strategy.ask(fitness))
+    assert copied.model is not model
+    assert torch.equal(*(flat(s.model.parameters()) for s in (original, copied)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_model_may_change_its_dtype_between_generations(dtype):
+    model = network()
+    strategy = strategy_for(model)
+    strategy.tell(strategy.ask(fitness))
+    before = flat(model.to(dtype).parameters())
+    strategy.tell(strategy.ask(fitness))
+    assert flat(model.parameters()).dtype == dtype
+    assert not torch.equal(flat(model.parameters()), before)
 
 
 # what it leaves alone, and what members share
@@ -327,15 +373,50 @@ def test_what_raises_in_the_fitness_leaves_no_trace():
     strategy.ask(score_everything)  # and it goes on
 
 
+def test_what_a_fitness_puts_in_another_place_is_put_back():
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network()
+            self.register_buffer("later", None)
+
+        def forward(self, x):
+            self.later = x.new_zeros(()) if self.later is None else self.later + 1
+            if not hasattr(self, "calls"):
+                self.register_buffer("calls", x.new_zeros(()))
+            self.calls += 1
+            return self.inner(x) + self.later + self.calls
+
+    model = Lazy()
+    strategy = strategy_for(model)
+    expected = [fitness_at(strategy, member) for member in range(8)]
+    memory = [p.data_ptr() for p in model.parameters()]
+
+    def moving(model):
+        score = fitness(model)
+        model.to(torch.float64)  # gives each parameter other memory
+        return score
+
+    assert strategy.ask(moving).tolist() == expected
+    assert len(set(expected)) == 8
+    assert (model.later, dict(model.named_buffers())) == (None, {})
+    assert [p.data_ptr() for p in model.parameters()] == memory
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
 def test_gradients_can_be_had_in_a_fitness():
     def slope(model):
+        assert not torch.is_grad_enabled()
         with torch.enable_grad():
             x = X.clone().requires_grad_()
             (gradient,) = torch.autograd.grad(model(x).sum(), x)
         return -gradient.square().mean()
 
     strategy = strategy_for(network())
-    assert len(set(strategy.ask(slope))) == 8
+    scores = strategy.ask(slope)
+    assert len(set(scores)) == 8
+    with strategy.perturbed(3) as member:
+        assert float(slope(member)) == scores[3]
 
 
 def test_a_backward_pass_through_perturbed_parameters_fails():
@@ -432,6 +513,8 @@ def test_another_state_is_turned_down(state, message):
         ({"sigma": -1.0}, "sigma must be positive and finite, got -1.0"),
         ({"sigma": math.nan}, "sigma must be positive"),
         ({"sigma": "x"}, "sigma must be positive"),
+        ({"sigma": 10**400}, "sigma must be positive"),
+        ({"antithetic": "no"}, "antithetic must be True or False, got 'no'"),
         ({"sigma_decay": 1.5}, "sigma_decay must be positive and at most 1, got 1.5"),
         ({"seed": 2**64}, "seed must be a whole number"),
         ({"utility": "ranks"}, "'ranks'; use 'standardized' or 'centered_ranks'"),
@@ -444,6 +527,7 @@ def test_options_out_of_range(options, message):
 
 def test_models_and_optimizers_that_cannot_be_used():
     model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(StrategyError, match=r"does not hold 2\.weight, 2\.bias; make it from"):
         strategy_for(model, torch.optim.SGD(model[0].parameters(), lr=0.1))
     with pytest.raises(StrategyError, match="set maximize=False"):
@@ -452,9 +536,10 @@ def test_models_and_optimizers_that_cannot_be_used():
         strategy_for(model, torch.optim.LBFGS(model.parameters()))
     with pytest.raises(StrategyError, match="got str"):
         strategy_for(model, "adam")
+    with pytest.raises(StrategyError, match=r"must be a torch\.nn\.Module, got list"):
+        strategy_for([], optimizer)
     with pytest.raises(BackendError, match="unknown backend 'gpu'"):
         strategy_for(model, backend="gpu")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(StrategyError, match="no parameter of this Sequential requires gradients"):
         strategy_for(model.requires_grad_(False), optimizer)
     memory = torch.zeros(8)
@@ -473,6 +558,9 @@ def test_models_and_optimizers_that_cannot_be_used():
         (range(7), r"shape \(7,\), the population has 8 members"),
         (np.zeros((8, 1)), r"shape \(8, 1\)"),
         (["a"] * 8, "must be numbers"),
+        (np.zeros(8, complex), "must be numbers"),
+        (torch.zeros(8, dtype=torch.complex64), "must be numbers"),
+        ([torch.zeros((), requires_grad=True)] * 8, r"Use tensor\.detach"),
         ([math.nan] * 8, "none of 8 scores is finite"),
     ],
 )
@@ -527,6 +615,15 @@ def test_equal_scores_leave_the_model_where_it_is():
     strategy.tell([0.1] * 8)
     assert torch.equal(flat(model.parameters()), before)
     assert all((p.grad == 0).all() for p in model.parameters())
+
+
+def test_sigma_decays_and_never_to_zero():
+    model = network()
+    strategy = strategy_for(model, sigma_decay=1e-200)
+    for _ in range(3):
+        strategy.tell(strategy.ask(fitness))
+    assert strategy.sigma > 0
+    assert flat(model.parameters()).isfinite().all()
 
 
 def test_gradients_keep_their_memory_unless_it_is_shared():

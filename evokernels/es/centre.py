@@ -38,20 +38,16 @@ class Centre:
         random_seed: int,
         backend: str,
     ) -> None:
-        kept = {i: parameter.detach().clone() for i, parameter in parameters.items()}
-        self._parameters = [(parameters[i], kept[i]) for i in parameters]
+        # a fitness may write into tensors, put others in their place and add some
+        self._parameters = [(p, p.detach(), p.detach().clone()) for p in parameters.values()]
+        noisy = zip(parameters, self._parameters, strict=True)
         self._noise = ModelNoise(
-            [NoisyTensor(parameters[i].detach(), i, kept[i]) for i in parameters], backend
+            [NoisyTensor(memory, i, kept) for i, (_, memory, kept) in noisy], backend
         )
-        # a module may write into a buffer or put another tensor in its place
-        self._buffers = [
-            (module._buffers, name, buffer, _copy(buffer))
-            for module in model.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
+        self._places = [(m._buffers, dict(m._buffers)) for m in model.modules()]
+        self._buffers = [(buffer, _copy(buffer)) for buffer in model.buffers()]
         self._random_seed = random_seed
-        accelerators = {p.device for p, _ in self._parameters if p.device.type != "cpu"}
+        accelerators = {p.device for p in parameters.values() if p.device.type != "cpu"}
         # torch.manual_seed looks at devices of every kind, which takes longer than a small network
         self._generators = [
             torch.default_generator,
@@ -60,7 +56,7 @@ class Centre:
 
     def place(self, seed: int, generation: int, member: int, scale: float) -> None:
         """A member in the model's place: buffers and random numbers are the same for each."""
-        self._restore_buffers()
+        self._restore_places()
         self._noise.perturb(seed, generation, member, scale)
         for generator in self._generators:
             generator.manual_seed(self._random_seed)
@@ -74,15 +70,20 @@ class Centre:
         finally:
             for generator, state in zip(self._generators, states, strict=True):
                 generator.set_state(state)
-            self._restore_buffers()
+            self._restore_places()
             with torch.no_grad():
-                for parameter, kept in self._parameters:
+                for parameter, _, kept in self._parameters:
                     parameter.copy_(kept)
 
     @torch.no_grad()
-    def _restore_buffers(self) -> None:
-        for buffers, name, buffer, kept in self._buffers:
-            buffers[name] = buffer
+    def _restore_places(self) -> None:
+        """Buffers as they were; parameters where they were, whatever their values."""
+        for parameter, memory, _ in self._parameters:
+            parameter.data = memory
+        for place, buffers in self._places:
+            place.clear()
+            place.update(buffers)
+        for buffer, kept in self._buffers:
             if kept is not None:
                 buffer.copy_(kept)
 

@@ -32,7 +32,7 @@ def positive(name: str, value: Any, most: float) -> float:
     """The value as a float in (0, most]; raises StrategyError naming the option."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not 0 < number <= most or not math.isfinite(number):
         allowed = f"positive and at most {most:g}" if most < math.inf else "positive and finite"
@@ -46,9 +46,11 @@ def trainable(model: torch.nn.Module) -> dict[int, torch.nn.Parameter]:
     Frozen ones are counted, so that freezing one changes no other's noise; tied ones count once.
 
     Raises:
-        StrategyError: there is none, or one is a DTensor.
+        StrategyError: no module, or none of its parameters does, or one is a DTensor.
         OptimizerError: one that no kernel can write.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise StrategyError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     found = {i: p for i, p in enumerate(model.parameters()) if p.requires_grad}
     if not found:
         raise StrategyError(
@@ -71,11 +73,14 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         raise StrategyError(
             f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
         )
-    if any(p.default is p.empty for p in inspect.signature(optimizer.step).parameters.values()):
+    try:
+        # of the class: a scheduler puts a function of another signature in place of the method
+        inspect.signature(type(optimizer).step).bind(optimizer)
+    except TypeError:
         raise StrategyError(
             f"{type(optimizer).__name__} needs a closure in every step, to compute gradients "
             "again and again; take an optimizer that steps without one"
-        )
+        ) from None
 
 
 def check_groups(

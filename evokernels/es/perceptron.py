@@ -18,6 +18,7 @@ from evokernels.errors import BackendError, StrategyError
 from evokernels.es.checks import trainable
 from evokernels.es.strategy import EvolutionStrategy
 from evokernels.kernels import native
+from evokernels.optim.checks import check_parameter
 
 __all__ = ["LOSSES", "PopulationForward"]
 
@@ -104,9 +105,10 @@ class PopulationForward:
             raise _refusal(module, "only an nn.Sequential says in which order its layers run")
         layers: list[tuple[nn.Linear, int]] = []
         bare = False  # whether the last layer has no activation yet
-        for place, part in enumerate(module):
+        for part in (module, *module):
             if part._forward_hooks or part._forward_pre_hooks:
                 raise _refusal(part, "its hooks would not be called")
+        for place, part in enumerate(module):
             if type(part) is nn.Linear and part.out_features:
                 layers.append((part, ACTIVATIONS[nn.Identity]))
             elif type(part) in ACTIVATIONS and bare:
@@ -129,7 +131,7 @@ class PopulationForward:
         """What each member of this generation loses on the samples: (population,), float64.
 
         Sums over samples and outputs, taken in float64 of float32 outputs, in an order that does
-        not depend on the number of threads.
+        not depend on the number of threads. Each thread has memory for the numbers of one member.
 
         Args:
             x: inputs, float32 (samples, …) on the CPU; all behind the first dimension is one.
@@ -143,10 +145,15 @@ class PopulationForward:
         Raises:
             StrategyError: unknown loss; samples or parameters of another kind; a parameter that
                 the strategy does not train; the model is a member now.
+            OptimizerError: a parameter that no kernel can read.
         """
         if loss not in LOSSES:
             raise StrategyError(f"unknown loss {loss!r}; use one of {', '.join(LOSSES)}")
         layers = self._records(strategy)
+        for name, given in {"x": x, "y": y}.items():
+            if not isinstance(given, torch.Tensor) or not given.ndim:
+                kind = type(given).__name__
+                raise StrategyError(f"{name} must be a tensor, a row for each sample, got a {kind}")
         x = x.flatten(1) if x.ndim > 1 else x
         _check("x", x, torch.float32, (len(x), layers[0].inputs))
         blocks = _blocks(x), _targets(y, len(x), layers[-1].outputs, loss)
@@ -172,12 +179,17 @@ def _losses(
 ) -> torch.Tensor:
     library, threads = native.library(), torch.get_num_threads()
     given = layers, len(layers), ctypes.byref(population), ctypes.byref(samples)
-    room = torch.empty(threads, library.evk_perceptron_room(*given[:2]))
-    sums = torch.empty(library.evk_perceptron_sums(*given[2:]), dtype=torch.float64)
-    losses = torch.empty(population.members, dtype=torch.float64)
+    room = _memory(torch.float32, threads, library.evk_perceptron_room(*given[:2]))
+    sums = _memory(torch.float64, library.evk_perceptron_sums(*given[2:]))
+    losses = _memory(torch.float64, population.members)
     addresses = (tensor.data_ptr() for tensor in (losses, room, sums))
     library.evk_population_losses(*given, *addresses, threads)
     return losses
+
+
+def _memory(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    """Whatever torch's defaults are now."""
+    return torch.empty(*shape, dtype=dtype, device="cpu")
 
 
 def _flattens_samples(module: nn.Module) -> bool:
@@ -194,6 +206,7 @@ def _center(
     parameter: torch.Tensor, shape: Sequence[int], positions: Mapping[torch.Tensor, int] | None
 ) -> native.NoisyRecord:
     """What a member's tensor is made of; without positions, nothing will be added to it."""
+    check_parameter(parameter)
     _check("a parameter", parameter, torch.float32, shape)
     if not parameter.is_contiguous():
         raise StrategyError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,9 @@ from evokernels.kernels.noise import ModelNoise, NoisyTensor
 from evokernels.optim.checks import check_apart
 
 __all__ = ["EvolutionStrategy"]
+
+# It moves no parameter, and what is divided by it is finite.
+_LEAST_SIGMA = sys.float_info.min
 
 
 class EvolutionStrategy:
@@ -54,7 +58,8 @@ class EvolutionStrategy:
         antithetic: members 2k and 2k + 1 have the same noise with opposite signs.
         utility: "standardized" (scores minus their mean, over their standard deviation) or
             "centered_ranks" (from -1/2 to 1/2).
-        sigma_decay: sigma is multiplied by it after every generation, in (0, 1].
+        sigma_decay: sigma is multiplied by it after every generation, in (0, 1], but stays a
+            number above zero.
         backend: "auto", or a name in `evokernels.kernels.noise.NOISE_BACKENDS`.
 
     Attributes:
@@ -84,6 +89,8 @@ class EvolutionStrategy:
         backend: str = "auto",
     ) -> None:
         self.population = whole("population", population, 2, 2**32)
+        if not isinstance(antithetic, bool):
+            raise StrategyError(f"antithetic must be True or False, got {antithetic!r}")
         if antithetic and population % 2:
             raise StrategyError(f"an antithetic population must be even, got {population}")
         if utility not in UTILITIES:
@@ -112,6 +119,8 @@ class EvolutionStrategy:
                 without gradients (`torch.enable_grad` brings them back) and finds torch's
                 generators and the model's buffers in the same state for each member; afterwards
                 both, and the parameters, are what they were before, also where it raises.
+                So members do not move the running means of a BatchNorm: a forward pass of the
+                model between generations does.
         """
         scores = []
         with self._kept() as centre, torch.no_grad():
@@ -166,7 +175,7 @@ class EvolutionStrategy:
             parameter.grad = gradient
         self.optimizer.step()
         self.generation += 1
-        self.sigma *= self.sigma_decay
+        self.sigma = max(self.sigma * self.sigma_decay, _LEAST_SIGMA)
 
     def state_dict(self) -> dict[str, Any]:
         """What changes from generation to generation, and the seed.

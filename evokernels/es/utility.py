@@ -19,11 +19,11 @@ def scores_of(values: Any, population: int) -> np.ndarray:
     Raises:
         StrategyError: anything but one number for each member.
     """
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu().double().numpy()
+    if isinstance(values, torch.Tensor) and not values.is_complex():
+        values = values.detach().cpu().double()
     try:
-        scores = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+        scores = np.asarray(values).astype(np.float64, casting="same_kind")
+    except (TypeError, ValueError, RuntimeError) as error:
         raise StrategyError(f"scores must be numbers, one for each member: {error}") from None
     if scores.shape != (population,):
         raise StrategyError(

@@ -72,7 +72,7 @@ def why_not(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"it runs on NVIDIA GPUs, the tensors are on {device}"
     if torch.version.hip:
-        return f"this torch is built for AMD GPUs (ROCm {torch.version.hip}); use 'triton'"
+        return f"this torch is built for AMD GPUs (ROCm {torch.version.hip}); use 'auto'"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     reason = nvrtc.why_not()

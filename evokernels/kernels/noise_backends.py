@@ -26,7 +26,7 @@ class NoisyTensor:
 
     Attributes:
         target: of a dtype in `ARITHMETIC`, no two of its elements in one place.
-        position: of the tensor in its model, below 2^24.
+        position: of the tensor in its model, below 2^24 - 1.
         centre: of the target's shape, dtype and device: that to which noise is added; None for
             `estimate`.
     """

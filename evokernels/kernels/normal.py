@@ -31,14 +31,14 @@ def normal(
     """Elements first, …, first + count - 1 of a tensor's noise: float32, standard normal.
 
     Args:
-        seed: of 64 bits; `generation` and `member` of 32, `position` of 24.
+        seed: of 64 bits; `generation` and `member` of 32; `position` is below 2^24 - 1.
     """
     skipped = first % 4
     quarter = torch.arange(first // 4, (first + count + 3) // 4, device=device)
     zeros = torch.zeros_like(quarter)
     counter = (
         quarter & 0xFFFFFFFF,
-        quarter >> 32 | position << 8,
+        quarter >> 32 | (position + 1) << 8,
         zeros + member,
         zeros + generation,
     )

@@ -157,7 +157,7 @@ class ENES:
             "termination_signal": signal,
             "runtime": ended - begun,
             "time_function_evaluations": evaluating,
-            "fitness": np.array(curve),
+            "fitness": np.array(curve).reshape(-1, 2),
             **self._found(state),
         }
 
@@ -209,12 +209,15 @@ def _number(value: Any) -> float:
 def _numbers(fitness: Any, expected: int) -> np.ndarray:
     """``expected`` float64 numbers."""
     try:
-        values = np.asarray(fitness, dtype=np.float64)
+        values = np.asarray(fitness)
+        real = values.dtype.kind in "biuf"  # asked for float64, numpy would make None a NaN
     except (TypeError, ValueError):
-        raise FitnessError(f"a fitness must be a real number, got {fitness!r}") from None
+        real = False
+    if not real:
+        raise FitnessError(f"a fitness must be a real number, got {fitness!r}")
     if values.shape != (expected,):
         raise FitnessError(
             f"fitness of shape {values.shape} for {expected} candidates; give one number for each, "
             f"shape ({expected},)"
         )
-    return values
+    return values.astype(np.float64, copy=False)

@@ -62,7 +62,6 @@ def read_settings(problem: Mapping[str, Any], options: Mapping[str, Any]) -> Set
             f"{upper[k]} in dimension {k}"
         )
     individuals = _whole(options, "n_individuals", 100, low=3)
-    budget = options.get("max_function_evaluations", math.inf)
     return Settings(
         fitness_function=_function(problem),
         dimensions=dimensions,
@@ -75,11 +74,7 @@ def read_settings(problem: Mapping[str, Any], options: Mapping[str, Any]) -> Set
         window=10 + math.ceil(30 * dimensions / individuals),
         lr_mean=_positive(options, "lr_mean", 1.0),
         lr_sigma=_positive(options, "lr_sigma", 1.0),
-        max_evaluations=(
-            budget
-            if budget == math.inf
-            else _whole(options, "max_function_evaluations", None, low=1)
-        ),
+        max_evaluations=_whole(options, "max_function_evaluations", math.inf, low=1),
         max_runtime=_positive(options, "max_runtime", math.inf),
         threshold=_threshold(options),
         restarts=bool(options.get("is_restart", True)),
@@ -104,11 +99,12 @@ def _function(problem: Mapping[str, Any]) -> Callable[[np.ndarray], Any] | None:
 def _whole(
     given: Mapping[str, Any], key: str, default: float | None, low: int, high: int | None = None
 ) -> Any:
-    """A whole number, also one written as 5e3; the default as it is."""
+    """A whole number, also one written as 5e3; the default as it is, which may be given if inf."""
     value = given.get(key)
-    if value is None and default is not None:
+    real = isinstance(value, numbers.Real)
+    if default is not None and (value is None or (real and value == default == math.inf)):
         return default
-    whole = isinstance(value, numbers.Real) and value % 1 == 0
+    whole = real and value % 1 == 0
     if not whole or value < low or (high is not None and value > high):
         allowed = f"at least {low}" if high is None else f"from {low} to {high}"
         raise SettingsError(f"{key} must be a whole number {allowed}, got {value!r}")

@@ -137,7 +137,7 @@ def next_state(settings: Settings, state: State, fitness: np.ndarray) -> State:
     by_mean, by_a = natural_gradient(state.z, utility, state.a)
     mean = state.mean + settings.lr_mean * by_mean
     a = state.a + settings.lr_sigma * by_a
-    if not math.isfinite(mean @ a @ mean):  # nor is it where anything in either is not finite
+    if not math.isfinite(mean.sum() + a.sum()):
         return _restarted(settings, state, told) if settings.restarts else _ended(state, told)
     return _drawn(
         settings,
