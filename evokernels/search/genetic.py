@@ -6,6 +6,8 @@
         state = search.tell(state, [score(genome) for genome in candidates])
     state.best.genome
 
+It searches among optimizers, or in any other `Space`, whose individuals are its genomes then.
+
 The state is immutable and holds no generator. The random numbers of a generation come from a
 stream named after the seed and the generation, so that the same scores always lead to the same
 states: a run resumes by telling the scores that it has recorded.
@@ -14,15 +16,18 @@ states: a run resumes by telling the scores that it has recorded.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Generic, TypeVar
 
 from evokernels.errors import SettingsError
-from evokernels.genome import Genome
-from evokernels.search.operators import RATES, crossover, mutate, start_population
 from evokernels.search.score import Score
+from evokernels.search.spaces import OptimizerSpace, Space
 
-__all__ = ["GeneticConfig", "GeneticSearch", "Scored", "State"]
+__all__ = ["GeneticConfig", "GeneticSearch", "Scored", "State", "children", "rank"]
+
+Individual = TypeVar("Individual", bound=Hashable)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +39,7 @@ class GeneticConfig:
         generations: generations evaluated, at least 1.
         elites: best genomes that pass on unchanged; fewer than ``population``.
         tournament: genomes drawn for each parent, of which the best wins; 1 to ``population``.
-        max_terms: terms a genome may have, at least 1.
+        max_terms: terms an optimizer may have, at least 1; of no concern to another space.
         seed: names the random streams.
 
     Raises:
@@ -63,15 +68,15 @@ class GeneticConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Scored:
+class Scored(Generic[Individual]):
     """A genome and what it was told to be worth."""
 
-    genome: Genome
+    genome: Individual
     score: Score
 
 
 @dataclasses.dataclass(frozen=True)
-class State:
+class State(Generic[Individual]):
     """Where a search stands.
 
     Attributes:
@@ -83,34 +88,40 @@ class State:
     """
 
     generation: int
-    population: tuple[Genome, ...]
-    best: Scored | None
+    population: tuple[Individual, ...]
+    best: Scored[Individual] | None
 
 
-class GeneticSearch:
-    """Ask for a generation, tell its scores; see the module's docstring."""
+class GeneticSearch(Generic[Individual]):
+    """Ask for a generation, tell its scores; see the module's docstring.
 
-    def __init__(self, config: GeneticConfig) -> None:
+    Args:
+        config: the settings.
+        space: what to search in; by default optimizers of at most ``config.max_terms`` terms.
+    """
+
+    def __init__(self, config: GeneticConfig, space: Space[Individual] | None = None) -> None:
         self.config = config
+        self.space = space or OptimizerSpace(config.max_terms)
 
-    def start(self) -> State:
+    def start(self) -> State[Individual]:
         """The start population, not yet scored."""
         config = self.config
         rng = random.Random(f"evokernels genetic {config.seed} start")
-        return State(0, start_population(config.population, config.max_terms, rng), best=None)
+        return State(0, self.space.start(config.population, rng), best=None)
 
-    def ask(self, state: State) -> tuple[Genome, ...]:
+    def ask(self, state: State) -> tuple[Individual, ...]:
         """The genomes to score, elites first; empty when the search is over."""
         return state.population
 
-    def join(self, state: State, genomes: Sequence[Genome]) -> State:
+    def join(self, state: State[Individual], genomes: Sequence[Individual]) -> State[Individual]:
         """A state whose generation has further genomes, found elsewhere, which are told last.
 
         For that generation alone: what follows has the usual size.
         """
         return dataclasses.replace(state, population=(*state.population, *genomes))
 
-    def tell(self, state: State, scores: Sequence[Score]) -> State:
+    def tell(self, state: State[Individual], scores: Sequence[Score]) -> State[Individual]:
         """The state that follows; ``scores`` in the order of ``ask``.
 
         Raises:
@@ -125,27 +136,41 @@ class GeneticSearch:
         # max and sorted keep the order of equals: ties go to the earlier genome, always
         retold = state.best is None or state.best.genome in state.population
         champions = scored if retold else [state.best, *scored]
-        best = max(champions, key=_rank)
+        best = max(champions, key=rank)
         generation = state.generation + 1
         if generation == self.config.generations:
             return State(generation, (), best)
         return State(generation, self._offspring(scored, state.generation), best)
 
-    def _offspring(self, scored: list[Scored], generation: int) -> tuple[Genome, ...]:
+    def _offspring(
+        self, scored: list[Scored[Individual]], generation: int
+    ) -> tuple[Individual, ...]:
         """The elites of ``generation`` unchanged, then children of tournament winners."""
         config = self.config
         rng = random.Random(f"evokernels genetic {config.seed} generation {generation}")
-        rates = RATES.annealed(generation / config.generations)
-        elites = sorted(scored, key=_rank, reverse=True)[: config.elites]
-        children = [entry.genome for entry in elites]
-        while len(children) < config.population:
-            first, second = (
-                max(rng.sample(scored, config.tournament), key=_rank).genome for _ in range(2)
-            )
-            child = crossover(first, second, rng, config.max_terms)
-            children.append(mutate(child, rng, rates, config.max_terms))
-        return tuple(children)
+        elites = sorted(scored, key=rank, reverse=True)[: config.elites]
+        brood = children(
+            self.space, scored, config.tournament, rng, progress=generation / config.generations
+        )
+        return (
+            *(entry.genome for entry in elites),
+            *itertools.islice(brood, config.population - len(elites)),
+        )
 
 
-def _rank(entry: Scored) -> tuple[bool, float]:
+def children(
+    space: Space[Individual],
+    scored: Sequence[Scored[Individual]],
+    tournament: int,
+    rng: random.Random,
+    progress: float,
+) -> Iterator[Individual]:
+    """Mutated children of two tournament winners each, without end."""
+    while True:
+        first, second = (max(rng.sample(scored, tournament), key=rank).genome for _ in range(2))
+        yield space.mutate(space.crossover(first, second, rng), rng, progress)
+
+
+def rank(entry: Scored) -> tuple[bool, float]:
+    """Sort key, best last."""
     return entry.score.rank
