@@ -4,8 +4,8 @@ from evokernels.tasks.batches import Batches, Draw, TaskData, stack_draws, train
 from evokernels.tasks.datasets import load_images
 from evokernels.tasks.decoding import Decoded, build, decode
 from evokernels.tasks.images import ImageData
-from evokernels.tasks.layers import NativeNetwork
 from evokernels.tasks.models import CifarCNN, ConvNet, SmallCNN
+from evokernels.tasks.native_network import NativeNetwork
 from evokernels.tasks.registry import TASKS, Task, get_task, parameters_of
 from evokernels.tasks.texts import TextData, load_text
 from evokernels.tasks.transformer import CharTransformer

@@ -20,14 +20,13 @@ import dataclasses
 import functools
 import math
 
-import torch
 from torch import nn
 
 from evokernels.architecture import Architecture, kind_and_size
 from evokernels.errors import ArchitectureError
-from evokernels.tasks.models import ConvNet
+from evokernels.tasks.models import ConvNet, Residual
 
-__all__ = ["Decoded", "Residual", "build", "decode"]
+__all__ = ["Decoded", "build", "decode"]
 
 ACTIVATIONS = ("relu", "gelu")
 ANYWHERE = (*ACTIVATIONS, "dropout", "dense")  # everything else needs an image
@@ -130,20 +129,6 @@ def _parameters(component: str, shape: Shape) -> int:
 
 def _linear(inputs: int, outputs: int) -> int:
     return (inputs + 1) * outputs
-
-
-class Residual(nn.Module):
-    """An image and what two convolutions make of it: x + conv3x3(relu(conv3x3(x)))."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(channels, channels, 3, padding=1)
-        self.relu = nn.ReLU()
-        self.second = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, C, H, W) → the same."""
-        return x + self.second(self.relu(self.first(x)))
 
 
 class DecodedNetwork(ConvNet):

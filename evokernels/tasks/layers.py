@@ -1,17 +1,14 @@
-"""The two networks on a CPU: what lies between their products, read once and written once.
+"""Layers on a CPU: what lies between products, read once and written once by csrc/layers.h.
 
-`NativeNetwork` runs a network of torch's modules through csrc/layers.h: relu, pooling and dropout
-are one operation, batch norm and relu another one. Convolutions and matrix products are torch's,
-but for the weight gradients of convolutions where csrc/convolution.h has them.
-The modules hold parameters and statistics as ever; nothing about them changes.
+Relu, pooling and dropout are one operation, batch norm and relu another one. Convolutions and
+matrix products are torch's, but for the weight gradients of convolutions where csrc/convolution.h
+has them.
 """
 
 from __future__ import annotations
 
 import ctypes
-import itertools
 import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +17,19 @@ from torch.autograd.function import once_differentiable
 
 from evokernels.errors import BackendError
 from evokernels.kernels import native
-from evokernels.tasks.models import ConvNet
 
-__all__ = ["NativeNetwork"]
+__all__ = [
+    "LANES",
+    "Conv",
+    "ConvNorm",
+    "ConvPool",
+    "Drop",
+    "Dropout",
+    "Flatten",
+    "GreyConvPool",
+    "LinearReLU",
+    "weight_gradient",
+]
 
 NORM_ROWS = 256  # EVK_NORM_ROWS
 LANES = 16  # EVK_LANES
@@ -70,145 +77,7 @@ class Norm(ctypes.Structure):
     )
 
 
-class NativeNetwork(nn.Module):
-    """A network whose forward and backward pass go through the native library.
-
-    Parameters, buffers and training mode are those of ``network``, float32; gradients are float32
-    and can be taken once (no second derivatives).
-
-    Args:
-        network: of convolutions (3×3, padded by 1), batch norms, relu, pooling (2×2), dropout,
-            flattening and linear layers, in an order of which ``OPERATIONS`` has all pieces.
-        dtype: float32 or bfloat16: of activations, and of the weights in products.
-
-    Raises:
-        BackendError: the native library does not load, or there is no operation for a module.
-    """
-
-    def __init__(self, network: ConvNet, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        native.library()
-        if dtype not in (torch.float32, torch.bfloat16):
-            raise BackendError(
-                f"native networks compute in torch.float32 or torch.bfloat16, not in {dtype}"
-            )
-        self.network = network
-        self._dtype = dtype
-        self._operations = _operations([*network.features, *network.classifier], dtype)
-
-    def __reduce__(self) -> tuple[type, tuple]:  # a copy's operations are of its own modules
-        return NativeNetwork, (self.network, self._dtype)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits float32 (N, 10) of images float32 on the CPU.
-
-        Raises:
-            BackendError: parameters or statistics are no longer float32 on the CPU, those of batch
-                norms contiguous.
-        """
-        for tensor in itertools.chain(self.parameters(), self.buffers()):
-            _check(tensor)
-        x = x.contiguous(memory_format=torch.channels_last)
-        for operation in self._operations:
-            x = operation(x)
-        return x.float()
-
-
-def _check(tensor: torch.Tensor) -> None:
-    """The native library is told an address, and takes the rest for granted."""
-    if not tensor.is_floating_point():
-        return
-    place = tensor.dtype, tensor.device.type, tensor.ndim > 1 or tensor.is_contiguous()
-    if place != (torch.float32, "cpu", True):
-        raise BackendError(
-            f"a native network holds contiguous torch.float32 tensors on the CPU, but one is "
-            f"{tensor.dtype} on {tensor.device} with strides {tensor.stride()}; convert it back, "
-            "or run the network itself"
-        )
-
-
-Operation = Callable[[torch.Tensor], torch.Tensor]
 Gradients = tuple[torch.Tensor | None, ...]
-
-
-# What the operations take for granted of their modules.
-ASSUMED: dict[type[nn.Module], dict[str, Any]] = {
-    nn.Conv2d: {
-        **{"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)},
-        **{"groups": 1, "padding_mode": "zeros"},
-    },
-    nn.MaxPool2d: {"kernel_size": 2, "stride": 2, "padding": 0, "dilation": 1, "ceil_mode": False},
-    nn.BatchNorm2d: {"affine": True, "track_running_stats": True},
-    nn.Flatten: {"start_dim": 1, "end_dim": -1},
-}
-
-
-def _is_assumed(module: nn.Module) -> bool:
-    if getattr(module, "bias", 0) is None or getattr(module, "momentum", 0) is None:
-        return False
-    assumed = ASSUMED.get(type(module), {})
-    return all(getattr(module, name) == value for name, value in assumed.items())
-
-
-def _operations(modules: Sequence[nn.Module], dtype: torch.dtype) -> list[Operation]:
-    """What stands for these modules: the longest piece first that there is an operation for."""
-    operations = []
-    while modules:
-        for types, operation in OPERATIONS.items():
-            head = modules[: len(types)]
-            if tuple(map(type, head)) == types and all(map(_is_assumed, head)):
-                operations.append(operation(dtype, *head))
-                modules = modules[len(types) :]
-                break
-        else:
-            raise BackendError(
-                f"there is no native operation that begins with {modules[0]}; "
-                "run the network itself"
-            )
-    return operations
-
-
-def _conv_pool(
-    dtype: torch.dtype, conv: nn.Conv2d, _relu: nn.ReLU, _pool: nn.MaxPool2d, *drop: nn.Dropout
-) -> Operation:
-    if conv.in_channels == 1 and conv.out_channels % LANES == 0 and not drop:
-        return lambda x: GreyConvPool.apply(x, conv.weight, conv.bias, dtype)
-    return lambda x: ConvPool.apply(x.to(dtype), conv.weight, conv.bias, Dropout.of(*drop))
-
-
-def _conv_norm(
-    dtype: torch.dtype, conv: nn.Conv2d, norm: nn.BatchNorm2d, _relu: nn.ReLU
-) -> Operation:
-    return lambda x: ConvNorm.apply(
-        x.to(dtype), conv.weight, conv.bias, norm.weight, norm.bias, norm
-    )
-
-
-def _flatten(dtype: torch.dtype, _flatten: nn.Flatten) -> Operation:
-    return lambda x: Flatten.apply(x.to(dtype))
-
-
-def _linear_relu(
-    dtype: torch.dtype, linear: nn.Linear, _relu: nn.ReLU, *drop: nn.Dropout
-) -> Operation:
-    return lambda x: LinearReLU.apply(x.to(dtype), linear.weight, linear.bias, Dropout.of(*drop))
-
-
-def _linear(dtype: torch.dtype, linear: nn.Linear) -> Operation:
-    return lambda x: nn.functional.linear(
-        x.to(dtype), linear.weight.to(dtype), linear.bias.to(dtype)
-    )
-
-
-OPERATIONS: dict[tuple[type[nn.Module], ...], Callable[..., Operation]] = {
-    (nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Dropout): _conv_pool,
-    (nn.Conv2d, nn.ReLU, nn.MaxPool2d): _conv_pool,
-    (nn.Conv2d, nn.BatchNorm2d, nn.ReLU): _conv_norm,
-    (nn.Flatten,): _flatten,
-    (nn.Linear, nn.ReLU, nn.Dropout): _linear_relu,
-    (nn.Linear, nn.ReLU): _linear_relu,
-    (nn.Linear,): _linear,
-}
 
 
 class GreyConvPool(torch.autograd.Function):
@@ -256,6 +125,26 @@ class GreyConvPool(torch.autograd.Function):
         )
         sums = sums.sum(0)
         return None, sums[:9].t().reshape(-1, 1, 3, 3), sums[9], None
+
+
+class Conv(torch.autograd.Function):
+    """Convolution: (N, C, H, W) with weights (K, C, 3, 3) → (N, K, H, W), channels_last."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        weight = weight.to(x.dtype)
+        ctx.save_for_backward(x, weight)
+        return _convolved(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> Gradients:
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        # added up in float32, and rounded once: to be returned in float32 takes three times as long
+        of_bias = gradient.sum((0, 2, 3)).float()
+        return *_convolution_gradients(ctx, gradient, *ctx.saved_tensors), of_bias
 
 
 class ConvPool(torch.autograd.Function):
@@ -412,6 +301,28 @@ class LinearReLU(torch.autograd.Function):
         of_x = _product(before, weight.t()) if ctx.needs_input_grad[0] else None
         of_weight = _product(before.t(), x.t()).float()
         return of_x, of_weight, before.sum(0, dtype=torch.float32), None
+
+
+class Drop(torch.autograd.Function):
+    """Dropout. As in torch, what is dropped is multiplied by zero: a NaN stays one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, dropout: Dropout) -> torch.Tensor:
+        kept = torch.ones_like(x)
+        # of ones, relu and dropout leave exactly what is kept; scaled apart, it is rounded once
+        unscaled = Dropout(dropout.seed, dropout.threshold, 1.0)
+        native.library().evk_relu(
+            kept.data_ptr(), kept.numel(), ctypes.byref(unscaled), *_format_and_threads(kept)
+        )
+        ctx.save_for_backward(kept)
+        ctx.scale = dropout.scale
+        return (x * kept).mul_(dropout.scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> Gradients:
+        (kept,) = ctx.saved_tensors
+        return (gradient * kept).mul_(ctx.scale), None
 
 
 def _transpose(x: torch.Tensor, y: torch.Tensor, *shape: int) -> None:

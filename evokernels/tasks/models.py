@@ -1,11 +1,11 @@
-"""The two small networks of the source system."""
+"""The two small networks of the source system, and what else image networks are made of."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-__all__ = ["CifarCNN", "ConvNet", "SmallCNN"]
+__all__ = ["CifarCNN", "ConvNet", "Residual", "SmallCNN"]
 
 
 class ConvNet(nn.Module):
@@ -71,3 +71,17 @@ def _block(channels_in: int, channels: int) -> list[nn.Module]:
         nn.MaxPool2d(2),
         nn.Dropout(0.25),
     ]
+
+
+class Residual(nn.Module):
+    """An image and what two convolutions make of it: x + conv3x3(relu(conv3x3(x)))."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.relu = nn.ReLU()
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) → the same."""
+        return x + self.second(self.relu(self.first(x)))
