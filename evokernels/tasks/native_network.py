@@ -140,9 +140,14 @@ def _operations(modules: Sequence[nn.Module], dtype: torch.dtype) -> list[Operat
 def _conv_pool(
     dtype: torch.dtype, conv: nn.Conv2d, _relu: nn.ReLU, _pool: nn.MaxPool2d, *drop: nn.Dropout
 ) -> Operation:
-    if conv.in_channels == 1 and conv.out_channels % LANES == 0 and not drop:
-        return lambda x: GreyConvPool.apply(x, conv.weight, conv.bias, dtype)
-    return lambda x: ConvPool.apply(x.to(dtype), conv.weight, conv.bias, Dropout.of(*drop))
+    grey = conv.in_channels == 1 and conv.out_channels % LANES == 0 and not drop
+
+    def convolve(x: torch.Tensor) -> torch.Tensor:
+        if grey and not x.requires_grad:  # the images themselves, which need no gradient
+            return GreyConvPool.apply(x, conv.weight, conv.bias, dtype)
+        return ConvPool.apply(x.to(dtype), conv.weight, conv.bias, Dropout.of(*drop))
+
+    return convolve
 
 
 def _conv_norm(
