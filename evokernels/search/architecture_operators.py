@@ -7,18 +7,18 @@ cannot act in it, for images of some shape, is left out when it is decoded.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 
-from evokernels.architecture import SIZES
+from evokernels import zoo
+from evokernels.architecture import SIZES, kind_and_size
 
 __all__ = ["MOVES", "crossover", "mutate", "random_sequence", "start_sequences"]
 
 Components = tuple[str, ...]
 
-# Where a search begins: the source system's network for grey images, the same without a hidden
-# layer, one with batch norm, one with a residual block, a hidden layer alone.
+# Where a search begins: the networks of the source system; one without a hidden layer, one
+# with batch norm, one with a residual pair; a hidden layer alone.
 KNOWN: tuple[Components, ...] = (
-    ("conv3x3 32", "relu", "maxpool", "conv3x3 64", "relu", "maxpool", "dense 256", "relu"),
+    *(architecture.components for architecture in zoo.ARCHITECTURES.values()),
     ("conv3x3 16", "relu", "maxpool", "conv3x3 32", "relu", "maxpool"),
     ("conv3x3 32", "batchnorm", "relu", "maxpool", "conv3x3 64", "batchnorm", "relu", "maxpool"),
     ("conv3x3 16", "batchnorm", "relu", "maxpool", "residual", "relu", "maxpool"),
@@ -111,16 +111,15 @@ def _replace(components: Components, rng: random.Random, max_length: int) -> Com
 
 def _resize(components: Components, rng: random.Random, max_length: int) -> Components:
     """A component in the next size up or down."""
-    sized = [place for place, component in enumerate(components) if " " in component]
+    sized = [place for place, name in enumerate(components) if SIZES[kind_and_size(name)[0]]]
     if not sized:
         return components
     place = rng.choice(sized)
-    kind, size = components[place].split()
-    names = [f"{each:g}" for each in SIZES[kind]]
-    there = names.index(size) + rng.choice((-1, 1))
-    if not 0 <= there < len(names):
+    kind, size = kind_and_size(components[place])
+    there = SIZES[kind].index(size) + rng.choice((-1, 1))
+    if not 0 <= there < len(SIZES[kind]):
         return components
-    return (*components[:place], f"{kind} {names[there]}", *components[place + 1 :])
+    return (*components[:place], f"{kind} {SIZES[kind][there]:g}", *components[place + 1 :])
 
 
 def _swap(components: Components, rng: random.Random, max_length: int) -> Components:
@@ -151,5 +150,4 @@ def _any(rng: random.Random) -> str:
 
 
 def _sized(kind: str, rng: random.Random) -> str:
-    sizes: Sequence[float] = SIZES[kind]
-    return f"{kind} {rng.choice(sizes):g}" if sizes else kind
+    return f"{kind} {rng.choice(SIZES[kind]):g}" if SIZES[kind] else kind

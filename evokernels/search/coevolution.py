@@ -27,7 +27,7 @@ import dataclasses
 import itertools
 import random
 import statistics
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 from evokernels.errors import SettingsError
@@ -42,7 +42,7 @@ Second = TypeVar("Second", bound=Hashable)
 
 # Children drawn for one place, until one is new to its population. An individual that is there
 # twice is no dearer, but says nothing new either.
-ATTEMPTS = 8
+ATTEMPTS = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,12 +213,19 @@ class Coevolution(Generic[First, Second]):
             progress=state.generation / config.generations,
         )
         while len(offspring) < len(population):
-            drawn = list(itertools.islice(brood, ATTEMPTS))
-            offspring.append(next((each for each in drawn if each not in offspring), drawn[0]))
+            offspring.append(_newcomer(brood, offspring))
         return tuple(offspring)
 
     def _stream(self, name: str) -> random.Random:
         return random.Random(f"evokernels coevolution {self.config.seed} {name}")
+
+
+def _newcomer(brood: Iterator[Hashable], known: Sequence[Hashable]) -> Hashable:
+    """The first child that is not known; one that is after so many attempts."""
+    for child in itertools.islice(brood, ATTEMPTS):
+        if child not in known:
+            break
+    return child
 
 
 def _mean(scores: Sequence[Score], floor: float | None) -> Score:

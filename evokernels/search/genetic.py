@@ -102,7 +102,7 @@ class GeneticSearch(Generic[Individual]):
 
     def __init__(self, config: GeneticConfig, space: Space[Individual] | None = None) -> None:
         self.config = config
-        self.space = space or OptimizerSpace(config.max_terms)
+        self.space = OptimizerSpace(config.max_terms) if space is None else space
 
     def start(self) -> State[Individual]:
         """The start population, not yet scored."""

@@ -116,12 +116,12 @@ class FixedSpace(Generic[Individual]):
         self.individuals = tuple(individuals)
         if not self.individuals:
             raise SettingsError("a fixed space has no individuals; give at least one")
-        self._places = {individual: place for place, individual in enumerate(self.individuals)}
-        if len(self._places) < len(self.individuals):
-            raise SettingsError(
-                f"a fixed space has {len(self.individuals) - len(self._places)} individuals twice; "
-                "give each one once"
-            )
+        self._places: dict[Individual, int] = {}
+        for place, individual in enumerate(self.individuals):
+            if self._places.setdefault(individual, place) != place:
+                raise SettingsError(
+                    f"a fixed space has {individual!r} more than once; give each individual once"
+                )
 
     def start(self, size: int, rng: random.Random) -> tuple[Individual, ...]:
         """Different ones at random; some again only when all of them are there."""
