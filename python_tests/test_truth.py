@@ -139,7 +139,7 @@ def test_no_search_looks_up_more_than_a_tenth_of_the_pairs_or_one_of_them_twice(
 
 def test_what_a_search_sees_before_it_ends_decides_what_it_looks_up(table):
     turned = {pair: Score(-score.fitness) for pair, score in table.items()}
-    for name in ("co-evolution", "joint genetic algorithm"):
+    for name in truth.SETTINGS:
         assert SEARCHES[name](table, 0) != SEARCHES[name](turned, 0), name
 
 
