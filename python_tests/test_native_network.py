@@ -712,10 +712,21 @@ def test_second_derivatives_are_refused_and_the_plain_network_has_them():
     assert second(computing(model, CPU, "float32", plain=True)).isfinite().all()
 
 
-def test_gradients_of_grey_images_are_refused():
-    x = torch.randn(1, 1, 28, 28, requires_grad=True)
+def test_grey_images_have_gradients_where_something_before_them_learns():
+    torch.manual_seed(0)
+    network, x = SmallCNN().eval(), torch.randn(2, 1, 28, 28, requires_grad=True)
+    found, expected = (
+        torch.autograd.grad(model(x).square().sum(), x)[0]
+        for model in (NativeNetwork(network), network)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_convolution_of_the_images_themselves_refuses_their_gradient():
+    x = torch.randn(1, 1, 4, 4, requires_grad=True)
+    y = layers.GreyConvPool.apply(x, torch.randn(16, 1, 3, 3), torch.randn(16), torch.float32)
     with pytest.raises(BackendError, match="no gradient of its images; run the network itself"):
-        NativeNetwork(SmallCNN())(x).sum().backward()
+        y.sum().backward()
 
 
 def test_a_batch_norm_of_one_value_is_refused():
