@@ -1,8 +1,9 @@
 """A network's plain modules run through the native layers, piece by piece.
 
 A piece is the longest run of modules that there is a native operation for (`OPERATIONS`), else one
-module of `TORCH_MODULES`, which computes itself in the type of the network. The modules hold
-parameters and statistics as ever; nothing about them changes.
+module of `TORCHS`, which computes itself in the type of the network: torch is as fast there as we
+would be (measured), or the module is rare. The modules hold parameters and statistics as ever;
+nothing about them changes.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class NativeNetwork(nn.Module):
     and can be taken once (no second derivatives).
 
     Args:
-        network: of modules in a row, of which ``OPERATIONS`` and ``TORCH_MODULES`` have all pieces.
+        network: of modules in a row, of which ``OPERATIONS`` and ``TORCHS`` have all pieces.
         dtype: float32 or bfloat16: of activations, and of the weights in products.
 
     Raises:
@@ -61,7 +62,7 @@ class NativeNetwork(nn.Module):
         return NativeNetwork, (self.network, self._dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits float32 (N, classes) of images float32 on the CPU.
+        """Logits float32 (N, 10) of images float32 on the CPU.
 
         Raises:
             BackendError: parameters or statistics are no longer float32 on the CPU, those of batch
@@ -122,18 +123,16 @@ def _operations(modules: Sequence[nn.Module], dtype: torch.dtype) -> list[Operat
         for types, operation in OPERATIONS.items():
             head = modules[: len(types)]
             if tuple(map(type, head)) == types and all(map(_is_assumed, head)):
-                if operation is _conv_pool and not operations and _takes_grey_images(*head):
-                    operation = _grey_conv_pool
                 operations.append(operation(dtype, *head))
                 modules = modules[len(types) :]
                 break
         else:
-            if type(modules[0]) not in TORCH_MODULES:
+            if type(modules[0]) not in TORCHS:
                 raise BackendError(
                     f"there is no native operation that begins with {modules[0]}; "
                     "run the network itself"
                 )
-            operations.append(_torch_module(dtype, modules[0]))
+            operations.append(_torchs(dtype, modules[0]))
             modules = modules[1:]
     return operations
 
@@ -141,20 +140,14 @@ def _operations(modules: Sequence[nn.Module], dtype: torch.dtype) -> list[Operat
 def _conv_pool(
     dtype: torch.dtype, conv: nn.Conv2d, _relu: nn.ReLU, _pool: nn.MaxPool2d, *drop: nn.Dropout
 ) -> Operation:
-    return lambda x: ConvPool.apply(x.to(dtype), conv.weight, conv.bias, Dropout.of(*drop))
+    grey = conv.in_channels == 1 and conv.out_channels % LANES == 0 and not drop
 
+    def convolve(x: torch.Tensor) -> torch.Tensor:
+        if grey and not x.requires_grad:  # the images themselves, which need no gradient
+            return GreyConvPool.apply(x, conv.weight, conv.bias, dtype)
+        return ConvPool.apply(x.to(dtype), conv.weight, conv.bias, Dropout.of(*drop))
 
-def _takes_grey_images(
-    conv: nn.Conv2d, _relu: nn.ReLU, _pool: nn.MaxPool2d, *drop: nn.Dropout
-) -> bool:
-    return conv.in_channels == 1 and conv.out_channels % LANES == 0 and not drop
-
-
-def _grey_conv_pool(
-    dtype: torch.dtype, conv: nn.Conv2d, _relu: nn.ReLU, _pool: nn.MaxPool2d
-) -> Operation:
-    """Only of the images themselves: there is no gradient of what the convolution is given."""
-    return lambda x: GreyConvPool.apply(x, conv.weight, conv.bias, dtype)
+    return convolve
 
 
 def _conv_norm(
@@ -203,14 +196,14 @@ def _residual(dtype: torch.dtype, residual: Residual) -> Operation:
     return add
 
 
-def _torch_module(dtype: torch.dtype, module: nn.Module) -> Operation:
+def _torchs(dtype: torch.dtype, module: nn.Module) -> Operation:
     """The module itself, its weights in ``dtype``."""
     rounds = dtype is not torch.float32
 
     def call(x: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", dtype if rounds else None, enabled=rounds, cache_enabled=False):
             y = module(x.to(dtype))
-        # one channel lies alike in both layouts, and torch may choose the other one behind it
+        # where an image has one channel or one pixel, torch may choose the other layout behind it
         return y.contiguous(memory_format=torch.channels_last) if y.ndim == 4 else y
 
     return call
@@ -231,4 +224,4 @@ OPERATIONS: dict[tuple[type[nn.Module], ...], Callable[..., Operation]] = {
 }
 
 # What lies between products, and products that the native library has no part in.
-TORCH_MODULES = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.ReLU, nn.GELU)
+TORCHS = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.ReLU, nn.GELU)
