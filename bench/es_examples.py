@@ -168,8 +168,8 @@ class Images:
     target = None
     strategy: Mapping[str, Any] = {"antithetic": True, "utility": "centered_ranks"}
     updates: Mapping[str, Update] = {  # of `Rates` the ones with the best end
-        "Adam": genome_update(scheduled(zoo.adam, -2.0)),
-        "evolved_2025": genome_update(scheduled(zoo.evolved_2025, -2.5)),
+        "Adam": genome_update(scheduled(zoo.adam, -2.5)),
+        "evolved_2025": genome_update(scheduled(zoo.evolved_2025, -3.0)),
     }
     defaults = Settings(1_000, population=100, sigma=0.02, samples=256, every=20)
 
@@ -206,7 +206,7 @@ class Rates(Images):
     updates: Mapping[str, Update] = {
         f"{name} 10^{rate}": genome_update(scheduled(genome, rate))
         for name, genome in {"Adam": zoo.adam, "evolved_2025": zoo.evolved_2025}.items()
-        for rate in (-1.5, -2.0, -2.5, -3.0)
+        for rate in (-2.0, -2.5, -3.0, -3.5)
     }
 
 

@@ -137,6 +137,7 @@ def test_what_is_not_finite_reaches_the_loss_as_in_torch(bad, activation):
     model = network((2, 5, 3), activation)
     x, y = samples(2, 3, 70)
     x[66, 1] = bad
+    y["mistakes"][66] = 0  # which is where argmax finds the first NaN
     forward = PopulationForward.of(model)
     for loss in ("squares", "cross_entropy"):
         got, right = forward.losses(x, y[loss], loss), exact(model, x, y[loss], loss)
@@ -158,7 +159,7 @@ def of_one(activation, values):
     ("activation", "meaning"), [(nn.Tanh, torch.tanh), (nn.Sigmoid, torch.sigmoid)]
 )
 def test_activations_have_all_digits(activation, meaning):
-    sizes = torch.cat([torch.logspace(-8, 1.9, 300), torch.linspace(0.3, 12, 300)])
+    sizes = torch.cat([torch.logspace(-8, 1.935, 300), torch.linspace(0.3, 12, 300)])
     values = torch.cat([sizes, -sizes, torch.zeros(1)])
     right = meaning(values.double()).abs()
     assert ((of_one(activation, values) - right).abs() <= 3e-7 * right).all()
