@@ -6,7 +6,7 @@
 #include "perturb.h"
 
 /* Samples that go through all layers together. */
-enum { EVK_SAMPLES = 64 };
+enum { EVK_SAMPLES = 128 };
 
 /* What follows a product. */
 enum { EVK_IDENTITY, EVK_RELU, EVK_TANH, EVK_SIGMOID };

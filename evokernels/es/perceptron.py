@@ -22,7 +22,7 @@ from evokernels.optim.checks import check_parameter
 
 __all__ = ["LOSSES", "PopulationForward"]
 
-BLOCK = 64  # EVK_SAMPLES
+BLOCK = 128  # EVK_SAMPLES
 
 ACTIVATIONS: dict[type[nn.Module], int] = {nn.Identity: 0, nn.ReLU: 1, nn.Tanh: 2, nn.Sigmoid: 3}
 
