@@ -28,6 +28,20 @@ static int64_t rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / uni
         loaded;                                                                                \
     }))
 
+void evk_arrange(const float *rows, int64_t samples, int64_t columns, float *blocks) {
+    for (; samples > 0; samples -= EVK_SAMPLES) {
+        const int64_t n = samples < EVK_SAMPLES ? samples : EVK_SAMPLES;
+        for (int64_t first = 0; first < columns; first += LANES) { /* a cache line of each row */
+            const int64_t end = first + LANES < columns ? first + LANES : columns;
+            for (int64_t c = first; c < end; ++c, blocks += EVK_SAMPLES) {
+                for (int64_t s = 0; s < n; ++s) blocks[s] = rows[s * columns + c];
+                for (int64_t s = n; s < EVK_SAMPLES; ++s) blocks[s] = 0;
+            }
+        }
+        rows += n * columns;
+    }
+}
+
 typedef void (*product)(const evk_dense *layer, const float *weight, const float *bias,
                         const float *x, float *y);
 

@@ -42,6 +42,10 @@ typedef struct {
     int32_t loss;
 } evk_samples;
 
+/* blocks (ceil(samples / EVK_SAMPLES), columns, EVK_SAMPLES) of rows (samples, columns), zeros
+ * behind the last one. */
+void evk_arrange(const float *rows, int64_t samples, int64_t columns, float *blocks);
+
 /* How many floats one thread needs room for. */
 int64_t evk_perceptron_room(const evk_dense *layers, int64_t count);
 

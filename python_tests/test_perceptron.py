@@ -284,3 +284,11 @@ def test_a_parameter_whose_memory_holds_something_else_is_turned_down():
     model[0].weight = nn.Parameter(torch._neg_view(torch.ones(2, 3)))
     with pytest.raises(OptimizerError, match="negated view"):
         PopulationForward.of(model).losses(torch.zeros(4, 3), torch.zeros(4, 2), "squares")
+
+
+def test_samples_without_memory_of_their_own_are_turned_down_and_negated_ones_read_as_such():
+    forward, y = PopulationForward.of(network((3, 2), nn.Identity)), torch.zeros(4, 2)
+    with pytest.raises(StrategyError, match="x is a Tensor without memory"):
+        forward.losses(torch._efficientzerotensor((4, 3)), y, "squares")
+    x = torch.randn(4, 3)
+    assert forward.losses(torch._neg_view(-x), y, "squares") == forward.losses(x, y, "squares")
