@@ -11,6 +11,9 @@
  * needs on its way through the layers stays in the caches next to the core. */
 enum { LANES = 16, STRETCH = 16 * EVK_SAMPLES };
 
+/* Multiplications below which waking other threads costs more than they save. */
+enum { SMALL = 1 << 22 };
+
 static int64_t rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 /* Multiplication and addition in one where the processor can: each sum is taken in the order of
@@ -335,10 +338,12 @@ static void score_slots(const void *task, int64_t first, int64_t end) {
 void evk_population_losses(const evk_dense *layers, int64_t count,
                            const evk_population *population, const evk_samples *samples,
                            double *losses, float *room, double *sums, int32_t threads) {
+    const int64_t numbers = numbers_in(layers, count);
+    if (numbers * population->members * samples->samples <= SMALL) threads = 1;
     const scoring task = {
         .layers = layers, .count = count, .population = population, .samples = samples,
         .room = room, .sums = sums, .multiply = product_here(),
-        .numbers = numbers_in(layers, count), .row = widest_row(layers, count),
+        .numbers = numbers, .row = widest_row(layers, count),
         .stretches = stretches_of(samples), .slots = threads,
     };
     share_out(score_slots, &task, threads, threads);
