@@ -339,7 +339,7 @@ void evk_population_losses(const evk_dense *layers, int64_t count,
                            const evk_population *population, const evk_samples *samples,
                            double *losses, float *room, double *sums, int32_t threads) {
     const int64_t numbers = numbers_in(layers, count);
-    if (numbers * population->members * samples->samples <= SMALL) threads = 1;
+    if ((double)numbers * population->members * samples->samples <= SMALL) threads = 1;
     const scoring task = {
         .layers = layers, .count = count, .population = population, .samples = samples,
         .room = room, .sums = sums, .multiply = product_here(),
