@@ -245,6 +245,7 @@ def test_speed_lets_all_take_turns(command, uncompiled, monkeypatch):
     for name, value in {"POPULATION": 2, "SAMPLES": 50}.items():
         monkeypatch.setattr(source_es, name, value)
     monkeypatch.setattr("es_speed.IMAGES", 5)
+    monkeypatch.setattr("es_speed.TURN", 1e-9)
     code, out, _ = command("speed", "--passes", "2")
     assert code == 0
     lines = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")]
