@@ -73,7 +73,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         )
         command.set_defaults(run=learn, example=name)
     command = commands.add_parser("speed", help="time one iteration, in turns")
-    command.add_argument("--passes", type=positive, default=20, help="iterations of each (20)")
+    command.add_argument("--passes", type=positive, default=20, help="turns of each (20)")
     command.set_defaults(run=lambda options: print("\n".join(speed_table(options.passes))))
     return parser.parse_args(arguments)
 

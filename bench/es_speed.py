@@ -33,7 +33,8 @@ SOURCE_ALONE = f"{SOURCE}, products on one thread"
 
 Iteration = Callable[[], float]  # a generation and the model's new loss, which it returns
 IMAGES = 1_000
-WARM = 2  # iterations that are not timed
+WARM = 2  # passes that are not timed
+TURN = 0.2  # seconds: as in a training, each iteration finds what the one before left warm
 
 
 def contestants() -> dict[str, dict[str, Iteration]]:
@@ -130,14 +131,20 @@ def batched_iteration(
 
 
 def take_turns(iterations: Mapping[str, Iteration], passes: int) -> dict[str, list[float]]:
-    """Seconds of each iteration: every pass has one of each, so that they meet the same machine."""
+    """Seconds of an iteration in each turn.
+
+    Every pass has a turn of each, so that they meet the same machine: as many iterations as begin
+    within `TURN`.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in iterations}
     for number in range(WARM + passes):
         for name, iterate in iterations.items():
-            start = time.perf_counter()
-            iterate()
+            start, elapsed, count = time.perf_counter(), 0.0, 0
+            while elapsed < TURN:
+                iterate()
+                elapsed, count = time.perf_counter() - start, count + 1
             if number >= WARM:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(elapsed / count)
     return seconds
 
 
@@ -145,8 +152,9 @@ def speed_table(passes: int) -> Iterator[str]:
     """Measure, and say it in Markdown."""
     yield (
         f"One generation of {source_es.POPULATION} members on {processor()}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}; {passes} passes in turns, "
-        "medians. The source computes in float64, the others in float32."
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}; {passes} turns of each, "
+        f"medians. A turn is as many iterations as begin within {TURN} s, and their mean. "
+        "The source computes in float64, the others in float32."
     )
     for case, iterations in contestants().items():
         yield ""

@@ -49,8 +49,8 @@ class SourceProgram:
 
     def __init__(self, s: np.ndarray) -> None:
         try:
-            import scipy  # noqa: F401
             from numba import jit
+            from scipy.linalg import cython_blas  # noqa: F401 loads what shall be limited
             from threadpoolctl import ThreadpoolController
         except ImportError as error:
             raise BackendError(

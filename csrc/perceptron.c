@@ -11,6 +11,9 @@
  * needs on its way through the layers stays in the caches next to the core. */
 enum { LANES = 16, STRETCH = 16 * EVK_SAMPLES };
 
+/* Multiplications below which waking other threads costs more than they save. */
+enum { SMALL = 1 << 22 };
+
 static int64_t rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 /* Multiplication and addition in one where the processor can: each sum is taken in the order of
@@ -28,17 +31,32 @@ static int64_t rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / uni
         loaded;                                                                                \
     }))
 
+void evk_arrange(const float *rows, int64_t samples, int64_t columns, float *blocks) {
+    for (; samples > 0; samples -= EVK_SAMPLES) {
+        const int64_t n = samples < EVK_SAMPLES ? samples : EVK_SAMPLES;
+        for (int64_t first = 0; first < columns; first += LANES) { /* a cache line of each row */
+            const int64_t end = first + LANES < columns ? first + LANES : columns;
+            for (int64_t c = first; c < end; ++c, blocks += EVK_SAMPLES) {
+                for (int64_t s = 0; s < n; ++s) blocks[s] = rows[s * columns + c];
+                for (int64_t s = n; s < EVK_SAMPLES; ++s) blocks[s] = 0;
+            }
+        }
+        rows += n * columns;
+    }
+}
+
 typedef void (*product)(const evk_dense *layer, const float *weight, const float *bias,
                         const float *x, float *y);
 
 /* Outputs whose sums are in registers together, and the most vectors of samples for each; inputs
  * that meet all outputs before the next ones are fetched from farther caches. */
-enum { TILE = 4, ROW = 4, DEPTH = 64 };
+enum { TILE = 5, ROW = 8, DEPTH = 64 };
 
 /* y (outputs, EVK_SAMPLES) of x (inputs, EVK_SAMPLES), relu included. Written for vectors of the
  * processor's own length: gcc takes longer ones apart, number by number. `columns` of them and
- * TILE outputs are as many sums as there are registers for. `largest` is the larger one of a floor
- * and a number, or the number where it is NaN. */
+ * TILE outputs, or twice as many and half the outputs, are as many sums as there are registers
+ * for, and enough of them that none waits for the one before it. `largest` is the larger one of a
+ * floor and a number, or the number where it is NaN. */
 #define PRODUCT(name, lanes, columns, largest, TARGET)                                         \
     typedef float vector_##name __attribute__((vector_size(4 * lanes)));                       \
                                                                                                \
@@ -46,23 +64,27 @@ enum { TILE = 4, ROW = 4, DEPTH = 64 };
     __attribute__((always_inline)) FUSED TARGET static inline void tile_##name(                \
         const int outputs, const int vectors, int64_t depth, int64_t inputs,                   \
         const float *weight, const float *bias, const float *x, float *y, float floor) {       \
-        vector_##name sums[TILE][ROW];                                                         \
-        _Pragma("GCC unroll 4") for (int o = 0; o < outputs; ++o)                              \
-            _Pragma("GCC unroll 4") for (int v = 0; v < vectors; ++v)                          \
-                sums[o][v] = bias ? (vector_##name){0} + bias[o]                               \
-                                  : LOAD(vector_##name, y + o * EVK_SAMPLES + v * lanes);      \
-        for (int64_t i = 0; i < depth; ++i)                                                    \
-            _Pragma("GCC unroll 4") for (int v = 0; v < vectors; ++v) {                        \
-                const vector_##name in = LOAD(vector_##name, x + i * EVK_SAMPLES + v * lanes); \
-                _Pragma("GCC unroll 4") for (int o = 0; o < outputs; ++o)                      \
-                    sums[o][v] += weight[o * inputs + i] * in;                                 \
-            }                                                                                  \
         const vector_##name low = (vector_##name){0} + floor;                                  \
-        _Pragma("GCC unroll 4") for (int o = 0; o < outputs; ++o)                              \
-            _Pragma("GCC unroll 4") for (int v = 0; v < vectors; ++v) {                        \
-                const vector_##name kept = largest(low, sums[o][v]);                           \
-                memcpy(y + o * EVK_SAMPLES + v * lanes, &kept, sizeof kept);                   \
-            }                                                                                  \
+        for (int s = 0; s < EVK_SAMPLES; s += vectors * lanes) {                               \
+            vector_##name sums[TILE][ROW];                                                     \
+            _Pragma("GCC unroll 8") for (int o = 0; o < outputs; ++o)                          \
+                _Pragma("GCC unroll 8") for (int v = 0; v < vectors; ++v)                      \
+                    sums[o][v] =                                                               \
+                        bias ? (vector_##name){0} + bias[o]                                    \
+                             : LOAD(vector_##name, y + o * EVK_SAMPLES + s + v * lanes);       \
+            for (int64_t i = 0; i < depth; ++i)                                                \
+                _Pragma("GCC unroll 8") for (int v = 0; v < vectors; ++v) {                    \
+                    const vector_##name in =                                                   \
+                        LOAD(vector_##name, x + i * EVK_SAMPLES + s + v * lanes);              \
+                    _Pragma("GCC unroll 8") for (int o = 0; o < outputs; ++o)                  \
+                        sums[o][v] += weight[o * inputs + i] * in;                             \
+                }                                                                              \
+            _Pragma("GCC unroll 8") for (int o = 0; o < outputs; ++o)                          \
+                _Pragma("GCC unroll 8") for (int v = 0; v < vectors; ++v) {                    \
+                    const vector_##name kept = largest(low, sums[o][v]);                       \
+                    memcpy(y + o * EVK_SAMPLES + s + v * lanes, &kept, sizeof kept);           \
+                }                                                                              \
+        }                                                                                      \
     }                                                                                          \
                                                                                                \
     FUSED TARGET static void multiply_##name(const evk_dense *layer, const float *weight,      \
@@ -71,19 +93,18 @@ enum { TILE = 4, ROW = 4, DEPTH = 64 };
         for (int64_t i = 0; i == 0 || i < inputs; i += DEPTH) {                                \
             const int64_t depth = inputs - i < DEPTH ? inputs - i : DEPTH;                     \
             const int relu = layer->activation == EVK_RELU && i + depth == inputs;             \
-            const float floor = relu ? 0.0f : -INFINITY;                                       \
-            for (int64_t o = 0; o < layer->outputs; o += TILE)                                 \
-                for (int64_t s = 0; s < EVK_SAMPLES; s += columns * lanes) {                   \
-                    const float *w = weight + o * inputs + i, *from = x + i * EVK_SAMPLES + s; \
-                    const float *start = i ? 0 : bias + o;                                     \
-                    float *to = y + o * EVK_SAMPLES + s;                                       \
-                    switch (layer->outputs - o) {                                              \
-                        case 1: ADD(name, 1, columns); break;                                  \
-                        case 2: ADD(name, 2, columns); break;                                  \
-                        case 3: ADD(name, 3, columns); break;                                  \
-                        default: ADD(name, TILE, columns);                                     \
-                    }                                                                          \
+            const float floor = relu ? 0.0f : -INFINITY, *from = x + i * EVK_SAMPLES;          \
+            for (int64_t o = 0; o < layer->outputs; o += TILE) {                               \
+                const float *w = weight + o * inputs + i, *start = i ? 0 : bias + o;           \
+                float *to = y + o * EVK_SAMPLES;                                               \
+                switch (layer->outputs - o) {                                                  \
+                    case 1: ADD(name, 1, 2 * columns); break;                                  \
+                    case 2: ADD(name, 2, 2 * columns); break;                                  \
+                    case 3: ADD(name, 3, columns); break;                                      \
+                    case 4: ADD(name, 4, columns); break;                                      \
+                    default: ADD(name, TILE, columns);                                         \
                 }                                                                              \
+            }                                                                                  \
         }                                                                                      \
     }
 
@@ -160,16 +181,15 @@ EVK_CLONES static void apply_sigmoid(float *y, int64_t n) {
 
 EVK_INLINE double square(double x) { return x * x; }
 
-EVK_CLONES static double squares(const float *z, const float *y, int64_t outputs, int64_t n) {
-    double sums[LANES] = {0}, sum = 0;
+/* Added to `sums`, that of each sample to one of them: they are added up once a stretch. */
+EVK_CLONES static void squares(const float *z, const float *y, int64_t outputs, int64_t n,
+                               double *restrict sums) {
     for (; outputs; --outputs, z += EVK_SAMPLES, y += EVK_SAMPLES) {
         int64_t s = 0;
         for (; s + LANES <= n; s += LANES)
             for (int l = 0; l < LANES; ++l) sums[l] += square(z[s + l] - y[s + l]);
-        for (; s < n; ++s) sum += square(z[s] - y[s]);
+        for (; s < n; ++s) sums[s % LANES] += square(z[s] - y[s]);
     }
-    for (int l = 0; l < LANES; ++l) sum += sums[l];
-    return sum;
 }
 
 EVK_CLONES static double cross_entropy(const float *z, const int32_t *y, int64_t outputs,
@@ -265,8 +285,10 @@ static void make_member(const scoring *t, int64_t member, float *numbers) {
     }
 }
 
-/* The loss of a block; `rows` is room for two layers' outputs. */
-static double block_loss(const scoring *t, const float *numbers, float *rows, int64_t block) {
+/* The loss of a block, or a part of it: the rest is added to `sums`; `rows` is room for two layers'
+ * outputs. */
+static double block_loss(const scoring *t, const float *numbers, float *rows, int64_t block,
+                         double *sums) {
     const float *x = t->samples->x + block * t->layers[0].inputs * EVK_SAMPLES;
     for (int64_t k = 0; k < t->count; ++k) {
         const evk_dense *layer = &t->layers[k];
@@ -282,7 +304,8 @@ static double block_loss(const scoring *t, const float *numbers, float *rows, in
     const int32_t *classes = (const int32_t *)t->samples->y + first;
     switch (t->samples->loss) {
         case EVK_SQUARES:
-            return squares(x, (const float *)t->samples->y + first * outputs, outputs, n);
+            squares(x, (const float *)t->samples->y + first * outputs, outputs, n, sums);
+            return 0;
         case EVK_CROSS_ENTROPY: return cross_entropy(x, classes, outputs, n);
         default: return mistakes(x, classes, outputs, n);
     }
@@ -301,11 +324,12 @@ static void score_slots(const void *task, int64_t first, int64_t end) {
         for (int64_t i = items * slot / t->slots; i < items * (slot + 1) / t->slots; ++i) {
             const int64_t member = i / t->stretches;
             if (member != made) make_member(t, made = member, numbers);
-            double sum = 0;
+            double sum = 0, sums[LANES] = {0};
             int64_t block = i % t->stretches * (STRETCH / EVK_SAMPLES);
             const int64_t stop = block + STRETCH / EVK_SAMPLES;
             for (; block < stop && block < blocks; ++block)
-                sum += block_loss(t, numbers, rows, block);
+                sum += block_loss(t, numbers, rows, block, sums);
+            for (int l = 0; l < LANES; ++l) sum += sums[l];
             t->sums[i] = sum;
         }
     }
@@ -314,10 +338,12 @@ static void score_slots(const void *task, int64_t first, int64_t end) {
 void evk_population_losses(const evk_dense *layers, int64_t count,
                            const evk_population *population, const evk_samples *samples,
                            double *losses, float *room, double *sums, int32_t threads) {
+    const int64_t numbers = numbers_in(layers, count);
+    if ((double)numbers * population->members * samples->samples <= SMALL) threads = 1;
     const scoring task = {
         .layers = layers, .count = count, .population = population, .samples = samples,
         .room = room, .sums = sums, .multiply = product_here(),
-        .numbers = numbers_in(layers, count), .row = widest_row(layers, count),
+        .numbers = numbers, .row = widest_row(layers, count),
         .stretches = stretches_of(samples), .slots = threads,
     };
     share_out(score_slots, &task, threads, threads);

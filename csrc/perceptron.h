@@ -6,7 +6,7 @@
 #include "perturb.h"
 
 /* Samples that go through all layers together. */
-enum { EVK_SAMPLES = 64 };
+enum { EVK_SAMPLES = 128 };
 
 /* What follows a product. */
 enum { EVK_IDENTITY, EVK_RELU, EVK_TANH, EVK_SIGMOID };
@@ -41,6 +41,10 @@ typedef struct {
     int64_t samples;
     int32_t loss;
 } evk_samples;
+
+/* blocks (ceil(samples / EVK_SAMPLES), columns, EVK_SAMPLES) of rows (samples, columns), zeros
+ * behind the last one. */
+void evk_arrange(const float *rows, int64_t samples, int64_t columns, float *blocks);
 
 /* How many floats one thread needs room for. */
 int64_t evk_perceptron_room(const evk_dense *layers, int64_t count);

@@ -84,9 +84,12 @@ static void do_blocks(const void *given, int64_t block, int64_t end) {
 }
 
 static void share_blocks(const task *task, int64_t count, int32_t threads) {
-    int64_t blocks = 0;
-    for (int64_t i = 0; i < count; ++i) blocks += blocks_of(&task->tensors[i]);
-    share_out(do_blocks, task, blocks, blocks * EVK_BLOCK * task->members > SMALL ? threads : 1);
+    int64_t blocks = 0, elements = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        blocks += blocks_of(&task->tensors[i]);
+        elements += task->tensors[i].elements;
+    }
+    share_out(do_blocks, task, blocks, elements * task->members > SMALL ? threads : 1);
 }
 
 void evk_perturb(const evk_noisy *tensors, int64_t count, uint64_t seed, uint32_t generation,

@@ -38,6 +38,8 @@ def uncompiled(monkeypatch):
     """The source's program as plain Python, whether numba is there or not."""
     monkeypatch.setitem(sys.modules, "numba", types.SimpleNamespace(jit=lambda function: function))
     monkeypatch.setitem(sys.modules, "scipy", types.ModuleType("scipy"))
+    linalg = types.SimpleNamespace(cython_blas=None)
+    monkeypatch.setitem(sys.modules, "scipy.linalg", linalg)
     libraries = types.SimpleNamespace(limit=lambda **_: contextlib.nullcontext())
     pools = types.SimpleNamespace(ThreadpoolController=lambda: libraries)
     monkeypatch.setitem(sys.modules, "threadpoolctl", pools)
@@ -243,6 +245,7 @@ def test_speed_lets_all_take_turns(command, uncompiled, monkeypatch):
     for name, value in {"POPULATION": 2, "SAMPLES": 50}.items():
         monkeypatch.setattr(source_es, name, value)
     monkeypatch.setattr("es_speed.IMAGES", 5)
+    monkeypatch.setattr("es_speed.TURN", 1e-9)
     code, out, _ = command("speed", "--passes", "2")
     assert code == 0
     lines = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")]
@@ -253,3 +256,14 @@ def test_speed_lets_all_take_turns(command, uncompiled, monkeypatch):
         *("784-32-10, 5 images", "torch.bmm", "evokernels"),
     ]
     assert lines[4][-1].startswith("1.0 ")
+
+
+def test_on_one_thread_limits_the_library_that_numba_multiplies_by(data):
+    pytest.importorskip("numba")
+    pytest.importorskip("scipy")
+    pools = pytest.importorskip("threadpoolctl")
+    program = source_es.SourceProgram(data[0])
+    with program.on_one_thread():
+        found = [p for p in pools.threadpool_info() if p["user_api"] == "blas"]
+    assert any("scipy.libs" in pool["filepath"] for pool in found)
+    assert {pool["num_threads"] for pool in found} == {1}

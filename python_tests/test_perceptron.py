@@ -56,11 +56,11 @@ def exact(model, x, y, loss):
 # layers, activation, samples: tiles left over, inputs beyond one depth, blocks and stretches
 NETWORKS = [
     ((1, 10, 10, 1), nn.ReLU, 1),
-    ((7, 33, 5), nn.Tanh, 63),
-    ((3, 2), nn.Sigmoid, 64),
-    ((65, 6, 3), nn.Sigmoid, 65),
-    ((130, 4, 7, 11), nn.ReLU, 1024),
-    ((2, 1, 3), nn.Identity, 1100),
+    ((7, 33, 5), nn.Tanh, 127),
+    ((3, 2), nn.Sigmoid, 128),
+    ((65, 6, 3), nn.Sigmoid, 129),
+    ((130, 4, 7, 11), nn.ReLU, 2048),
+    ((2, 1, 3), nn.Identity, 2100),
 ]
 
 
@@ -94,7 +94,7 @@ def test_losses_are_those_of_the_members(sizes, activation, count, loss, antithe
 def test_no_bit_depends_on_threads_or_on_what_was_in_memory(loss, monkeypatch):
     model = network((70, 9, 3), nn.Tanh)
     strategy, forward = strategy_of(model, population=3), PopulationForward.of(model)
-    x, y = samples(70, 3, 2100)
+    x, y = samples(70, 3, 4200)
     expected = forward.losses(x, y[loss], loss, strategy)
     for threads in (1, 2, 3, 16):
         torch.set_num_threads(threads)
@@ -135,9 +135,9 @@ def test_torch_s_defaults_change_nothing(default, monkeypatch):
 @pytest.mark.parametrize("bad", [NAN, -NAN, INF, -INF])
 def test_what_is_not_finite_reaches_the_loss_as_in_torch(bad, activation):
     model = network((2, 5, 3), activation)
-    x, y = samples(2, 3, 70)
-    x[66, 1] = bad
-    y["mistakes"][66] = 0  # which is where argmax finds the first NaN
+    x, y = samples(2, 3, 140)
+    x[130, 1] = bad
+    y["mistakes"][130] = 0  # which is where argmax finds the first NaN
     forward = PopulationForward.of(model)
     for loss in ("squares", "cross_entropy"):
         got, right = forward.losses(x, y[loss], loss), exact(model, x, y[loss], loss)
@@ -284,3 +284,11 @@ def test_a_parameter_whose_memory_holds_something_else_is_turned_down():
     model[0].weight = nn.Parameter(torch._neg_view(torch.ones(2, 3)))
     with pytest.raises(OptimizerError, match="negated view"):
         PopulationForward.of(model).losses(torch.zeros(4, 3), torch.zeros(4, 2), "squares")
+
+
+def test_samples_without_memory_of_their_own_are_turned_down_and_negated_ones_read_as_such():
+    forward, y = PopulationForward.of(network((3, 2), nn.Identity)), torch.zeros(4, 2)
+    with pytest.raises(StrategyError, match="x is a Tensor without memory"):
+        forward.losses(torch._efficientzerotensor((4, 3)), y, "squares")
+    x = torch.randn(4, 3)
+    assert forward.losses(torch._neg_view(-x), y, "squares") == forward.losses(x, y, "squares")

@@ -15,14 +15,14 @@ from torch import nn
 from torch.nn import functional
 
 from evokernels.errors import BackendError, StrategyError
-from evokernels.es.checks import trainable
 from evokernels.es.strategy import EvolutionStrategy
 from evokernels.kernels import native
 from evokernels.optim.checks import check_parameter
+from evokernels.optim.sharding import lacks_memory
 
 __all__ = ["LOSSES", "PopulationForward"]
 
-BLOCK = 64  # EVK_SAMPLES
+BLOCK = 128  # EVK_SAMPLES
 
 ACTIVATIONS: dict[type[nn.Module], int] = {nn.Identity: 0, nn.ReLU: 1, nn.Tanh: 2, nn.Sigmoid: 3}
 
@@ -162,8 +162,10 @@ class PopulationForward:
         return _losses(layers, _Population.of(strategy), samples)
 
     def _records(self, strategy: EvolutionStrategy | None) -> ctypes.Array[_Dense]:
-        trained = {} if strategy is None else trainable(strategy.model)
-        positions = None if strategy is None else {p: i for i, p in trained.items()}
+        positions = None
+        if strategy is not None:
+            every = enumerate(strategy.model.parameters())
+            positions = {p: i for i, p in every if p.requires_grad}
         records = (_Dense * len(self._layers))()
         for record, (linear, activation) in zip(records, self._layers, strict=True):
             record.inputs, record.outputs = linear.in_features, linear.out_features
@@ -222,7 +224,7 @@ def _center(
         centre=parameter.data_ptr(),
         elements=parameter.numel(),
         format=native.FORMATS[parameter.dtype],
-        position=positions[parameter] if positions else 0,
+        position=0 if positions is None else positions[parameter],
     )
 
 
@@ -233,13 +235,16 @@ def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: Sequence[
             f"{name} must be {dtype} of shape {tuple(shape)} on the CPU, got {tensor.dtype} of "
             f"shape {tuple(tensor.shape)} on {tensor.device}"
         )
+    if lacks_memory(tensor):
+        raise StrategyError(f"{name} is a {type(tensor).__name__} without memory of its own")
 
 
 def _blocks(rows: torch.Tensor) -> torch.Tensor:
     """A row a sample as (blocks, columns, BLOCK), zeros behind the last sample."""
-    padded = functional.pad(rows, (0, 0, 0, -len(rows) % BLOCK))
-    blocks = padded.view(len(padded) // BLOCK, BLOCK, rows.shape[1])
-    return blocks.transpose(1, 2).contiguous()
+    rows = rows.resolve_neg().contiguous()
+    blocks = _memory(torch.float32, -(-len(rows) // BLOCK), rows.shape[1], BLOCK)
+    native.library().evk_arrange(rows.data_ptr(), *rows.shape, blocks.data_ptr())
+    return blocks
 
 
 def _targets(y: torch.Tensor, samples: int, outputs: int, loss: str) -> torch.Tensor:

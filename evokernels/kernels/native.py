@@ -136,6 +136,7 @@ def library() -> ctypes.CDLL:
     others = {
         "evk_perturb": (pointer, int64, uint64, uint32, uint32, ctypes.c_double, int32),
         "evk_estimate": (pointer, int64, uint64, uint32, pointer, int64, int32),
+        "evk_arrange": (pointer, int64, int64, pointer),
         "evk_population_losses": (*(pointer, int64), *(pointer,) * 5, int32),
         "evk_pool": (pointer, pointer, pointer, pointer, pointer, int32, int32),
         "evk_pool_backward": (*(pointer,) * 5, ctypes.c_float, int32, int32),

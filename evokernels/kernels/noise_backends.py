@@ -143,6 +143,8 @@ def row_order(tensor: torch.Tensor) -> list[int] | None:
 
 
 def _layout(tensor: torch.Tensor) -> native.LayoutTable | None:
+    if tensor.is_contiguous():
+        return None
     order = row_order(tensor)
     return None if order is None else native.LayoutTable(tensor, order)
 
