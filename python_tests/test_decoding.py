@@ -101,6 +101,15 @@ def test_a_classifier_that_is_too_large_is_told_before_anything_is_built():
         decode(Architecture([], 1_000), (3, 8, 8), 1_000)
 
 
+@pytest.mark.parametrize("shape", [(28, 28), (0, 28, 28), (1, 28, -1), (1, 1, 28, 28)])
+@pytest.mark.parametrize("make", [decode, build])
+def test_images_without_pixels_are_turned_down(make, shape):
+    with pytest.raises(ArchitectureError, match=r"shape \(channels, height, width\) .*, got \("):
+        make(zoo.small_cnn, shape, 10)
+    with pytest.raises(ArchitectureError, match=r"at least one of each, got \(1, 28, 28\) and 0"):
+        make(zoo.small_cnn, GREY, 0)
+
+
 # Whatever the sequence, there is a network
 
 SMALL = [name for name in CATALOGUE if not name.endswith(("64", "128", "256", "512"))]
