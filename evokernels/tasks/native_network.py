@@ -84,8 +84,8 @@ def _check(tensor: torch.Tensor) -> None:
     place = tensor.dtype, tensor.device.type, tensor.ndim > 1 or tensor.is_contiguous()
     if place != (torch.float32, "cpu", True):
         raise BackendError(
-            "a native network takes and holds contiguous torch.float32 tensors on the CPU, but one "
-            f"is {tensor.dtype} on {tensor.device} with strides {tensor.stride()}; convert it back, "
+            "a native network is for contiguous torch.float32 tensors on the CPU, but one is "
+            f"{tensor.dtype} on {tensor.device} with strides {tensor.stride()}; convert it back, "
             "or run the network itself"
         )
 
