@@ -13,7 +13,7 @@ from evokernels.errors import ArchitectureError, EvokernelsError, GenomeError, J
 from evokernels.evolution.baselines import BASELINES, optimizer_key
 from evokernels.evolution.journal import JOURNAL, Entry, open_journal
 from evokernels.evolution.records import individual_from_json, to_json, trained_from_json
-from evokernels.evolution.trial import Outcome, Purpose, Trial
+from evokernels.evolution.trial import Outcome, Purpose, Trial, network_key
 from evokernels.search.score import Status
 
 MINI = "fashion_mnist_mini"
@@ -144,6 +144,12 @@ def test_the_key_is_that_of_what_an_architecture_decodes_to():
         Trial(zoo.adam, MINI, 0).key,
     ]
     assert len({known, *others}) == 1 + len(others)
+
+
+def test_architectures_may_decode_alike_on_one_task_only():
+    few, many = (Architecture(["dense 32"], most) for most in (50_000, 200_000))
+    for tasks, alike in ((["mnist"], True), (["cifar10"], False), (["mnist", "cifar10"], False)):
+        assert (network_key(few, tasks) == network_key(many, tasks)) == alike
 
 
 OUTCOME = Outcome(Status.OK, 0.1 + 0.2, 1 / 3, 1e-17, 500, 1.25, "digest")

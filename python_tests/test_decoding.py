@@ -50,6 +50,7 @@ def one_thread():
         ([], []),
         (["relu", "gelu", "relu"], ["relu"]),
         (["relu", "maxpool", "dropout 0.1", "relu"], ["relu", "maxpool", "dropout 0.1"]),
+        (["relu", "avgpool", "relu"], ["relu", "avgpool"]),
         (["gelu", "maxpool", "relu"], ["gelu", "maxpool", "relu"]),
         (["relu", "maxpool", "gelu"], ["relu", "maxpool", "gelu"]),
         (["relu", "batchnorm", "relu"], ["relu", "batchnorm", "relu"]),
