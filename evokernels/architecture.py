@@ -98,11 +98,11 @@ def _checked_components(value: Any) -> tuple[str, ...]:
             f"components has {len(value)} entries; an architecture has at most {MAX_LENGTH}"
         )
     for name in value:
-        if name not in CATALOGUE:
+        if not isinstance(name, str) or name not in CATALOGUE:
             close = difflib.get_close_matches(str(name), CATALOGUE, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(CATALOGUE)}"
             raise ArchitectureError(f"components holds {name!r}, which is no component; {hint}")
-    return tuple(value)
+    return tuple(map(str, value))  # also where NumPy has drawn them
 
 
 def _checked_budget(value: Any) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 import evokernels
@@ -12,7 +13,7 @@ from evokernels.errors import ArchitectureError, EvokernelsError, GenomeError, J
 from evokernels.evolution.baselines import BASELINES, optimizer_key
 from evokernels.evolution.journal import JOURNAL, Entry, open_journal
 from evokernels.evolution.records import individual_from_json, to_json, trained_from_json
-from evokernels.evolution.trial import Outcome, Purpose, Trial
+from evokernels.evolution.trial import Outcome, Purpose, Trial, network_key
 from evokernels.search.score import Status
 
 MINI = "fashion_mnist_mini"
@@ -37,6 +38,11 @@ def test_an_architecture_is_immutable_and_hashable():
         NET.components = ()
 
 
+def test_what_numpy_has_drawn_is_kept_as_python_s_own():
+    drawn = Architecture(list(np.array(NET.components)), np.int64(50_000))
+    assert repr(drawn) == repr(NET)
+
+
 def test_it_is_part_of_the_public_names():
     assert "Architecture" in evokernels.__all__
     assert evokernels.Architecture is Architecture
@@ -52,6 +58,7 @@ def test_it_is_part_of_the_public_names():
         ({"components": ["conv3x3"]}, "'conv3x3', which is no component; did you mean 'conv3x3"),
         ({"components": ["relu", 7]}, "holds 7, which is no component; use one of conv3x3 8, "),
         ({"components": [["relu"]]}, r"holds \['relu'\], which is no component"),
+        ({"components": [np.zeros(2)]}, r"holds array\(.* is no component"),
         ({"max_parameters": 999}, "max_parameters must be .* at least 1,000, got 999"),
         ({"max_parameters": True}, "got True"),
         ({"max_parameters": 1e6}, r"got 1000000\.0"),
@@ -139,6 +146,12 @@ def test_the_key_is_that_of_what_an_architecture_decodes_to():
     assert len({known, *others}) == 1 + len(others)
 
 
+def test_architectures_may_decode_alike_on_one_task_only():
+    few, many = (Architecture(["dense 32"], most) for most in (50_000, 200_000))
+    for tasks, alike in ((["mnist"], True), (["cifar10"], False), (["mnist", "cifar10"], False)):
+        assert (network_key(few, tasks) == network_key(many, tasks)) == alike
+
+
 OUTCOME = Outcome(Status.OK, 0.1 + 0.2, 1 / 3, 1e-17, 500, 1.25, "digest")
 
 
@@ -171,7 +184,11 @@ def test_candidates_are_optimizers_or_architectures(tmp_path):
 @pytest.mark.parametrize("table", ["candidate", "evaluation"])
 @pytest.mark.parametrize(
     "text",
-    ["", "7", '{"components": ["sigmoid"]}', '{"architecture": 7, "optimizer": {}}', "{}x"],
+    [
+        *("", "7", '{"components": ["sigmoid"]}', '{"architecture": 7, "optimizer": {}}', "{}x"),
+        "[" * 100_000,
+    ],
+    ids=lambda text: text[:20],
 )
 def test_a_journal_with_other_things_in_it_is_damaged(tmp_path, table, text):
     with open_journal(tmp_path, {}) as journal:

@@ -50,6 +50,7 @@ def one_thread():
         ([], []),
         (["relu", "gelu", "relu"], ["relu"]),
         (["relu", "maxpool", "dropout 0.1", "relu"], ["relu", "maxpool", "dropout 0.1"]),
+        (["relu", "avgpool", "relu"], ["relu", "avgpool"]),
         (["gelu", "maxpool", "relu"], ["gelu", "maxpool", "relu"]),
         (["relu", "maxpool", "gelu"], ["relu", "maxpool", "gelu"]),
         (["relu", "batchnorm", "relu"], ["relu", "batchnorm", "relu"]),
@@ -99,6 +100,15 @@ def test_parameters_are_counted(components, shape, classes, parameters):
 def test_a_classifier_that_is_too_large_is_told_before_anything_is_built():
     with pytest.raises(ArchitectureError, match=r"1,000, but a classifier of 3 channels .* 4,000;"):
         decode(Architecture([], 1_000), (3, 8, 8), 1_000)
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (0, 28, 28), (1, 28, -1), (1, 1, 28, 28)])
+@pytest.mark.parametrize("make", [decode, build])
+def test_images_without_pixels_are_turned_down(make, shape):
+    with pytest.raises(ArchitectureError, match=r"shape \(channels, height, width\) .*, got \("):
+        make(zoo.small_cnn, shape, 10)
+    with pytest.raises(ArchitectureError, match=r"at least one of each, got \(1, 28, 28\) and 0"):
+        make(zoo.small_cnn, GREY, 0)
 
 
 # Whatever the sequence, there is a network

@@ -557,6 +557,29 @@ def test_expanded_and_strided_gradients_and_images_are_taken():
     torch.testing.assert_close(ours, network.features[0].weight.grad, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_weight_of_a_convolution_of_one_row_has_a_gradient(dtype):
+    network = Net(nn.Conv2d(128, 16, 5, padding=2))
+    exact, x = copy.deepcopy(network).double(), torch.randn(3, 128, 1, 4)
+    # what a gradient that nobody writes would hold
+    dirty = [torch.full((16, 128, 5, 5), NAN, dtype=dtype) for _ in range(8)]
+    del dirty
+    NativeNetwork(network, dtype)(x).sum().backward()
+    exact(x.double()).sum().backward()
+    for mine, truth in zip(network.parameters(), exact.parameters(), strict=True):
+        error = (mine.grad - truth.grad).norm() / truth.grad.norm()
+        assert error < 2 * torch.finfo(dtype).eps
+    assert not network.features[0].weight.grad[:, :, [0, 1, 3, 4]].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.uint8])
+def test_images_of_every_type_are_taken(dtype):
+    # the dropout is the first to be told an address
+    network = NativeNetwork(Net(nn.Dropout(0.0), nn.Conv2d(3, 4, 3, padding=1)))
+    x = torch.randint(5, (2, 3, 6, 5))
+    assert torch.equal(network(x.to(dtype)), network(x.float()))
+
+
 # What it refuses
 
 
@@ -651,6 +674,8 @@ def test_other_types_and_other_images_are_refused():
         NativeNetwork(SmallCNN(), torch.float16)
     with pytest.raises(BackendError, match="images of one channel, got 3"):
         NativeNetwork(SmallCNN())(torch.zeros(2, 3, 28, 28))
+    with pytest.raises(BackendError, match="on meta with"):
+        NativeNetwork(Net(nn.Flatten()))(torch.zeros(2, 1, 28, 28, device="meta"))
     network = NativeNetwork(CifarCNN()).eval()
     with pytest.raises(BackendError, match="no gradient in eval mode"):
         network(torch.zeros(2, 3, 32, 32)).sum().backward()
@@ -729,10 +754,11 @@ def test_the_convolution_of_the_images_themselves_refuses_their_gradient():
         y.sum().backward()
 
 
-def test_a_batch_norm_of_one_value_is_refused():
+@pytest.mark.parametrize("images", [0, 1])
+def test_a_batch_norm_of_one_value_or_none_is_refused(images):
     network = NativeNetwork(NETWORKS["norm"]())
-    with pytest.raises(BackendError, match="more than one value a channel"):
-        network(torch.randn(1, 2, 1, 1))
+    with pytest.raises(BackendError, match=f"more than one value a channel .*, got {images};"):
+        network(torch.randn(images, 2, 1, 1))
 
 
 def test_without_the_library_there_is_no_native_network(monkeypatch, tmp_path):

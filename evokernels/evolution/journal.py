@@ -377,7 +377,7 @@ def _clear_errors(path: pathlib.Path) -> Iterator[None]:
         yield
     except sqlite3.OperationalError as error:
         raise JournalError(f"cannot use {path}: {error}; check the folder and the disk") from None
-    except (sqlite3.DatabaseError, ValueError, TypeError) as error:
+    except (sqlite3.DatabaseError, ValueError, TypeError, RecursionError) as error:
         raise JournalError(
             f"{path} is damaged: {error}; restore it from a copy, or use another run folder"
         ) from None

@@ -56,8 +56,14 @@ def decode(architecture: Architecture, shape: tuple[int, int, int], classes: int
         classes: that the network tells apart.
 
     Raises:
-        ArchitectureError: a classifier alone has more than ``max_parameters``.
+        ArchitectureError: images without pixels or no classes, or a classifier alone has more than
+            ``max_parameters``.
     """
+    if len(shape) != 3 or min(*shape, classes) < 1:
+        raise ArchitectureError(
+            "images have the shape (channels, height, width) and belong to classes, "
+            f"at least one of each, got {shape!r} and {classes!r}"
+        )
     kept: list[str] = []
     parameters, classifier = 0, _linear(shape[0], classes)
     if classifier > architecture.max_parameters:

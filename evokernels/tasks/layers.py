@@ -207,9 +207,9 @@ class ConvNorm(torch.autograd.Function):
         rows = full.numel() // channels
         y = torch.empty_like(full)
         if norm.training:
-            if rows == 1:
+            if rows < 2:
                 raise BackendError(
-                    "a batch norm needs more than one value a channel to train with, got one; "
+                    f"a batch norm needs more than one value a channel to train with, got {rows}; "
                     "use larger batches"
                 )
             saved, sums = _floats(4, channels), _room_for_sums(rows, channels)
