@@ -103,8 +103,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add_settings(
         parser, {name: preset.to_dict() for name, preset in PRESETS.items()}, SETTINGS, SWITCHES
     )
-    add_run_options(parser)
-    return with_folder(parser.parse_args(arguments), prefix="coevolve-")
+    add_run_options(parser, prefix="coevolve-")
+    return with_folder(parser.parse_args(arguments))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -132,9 +132,9 @@ def plan(settings: CoevolutionSettings) -> str:
         f"({search.first} + {search.second}) = {search.evaluations_per_generation} pairs, each "
         f"trained on {', '.join(settings.tasks)} with {seeds} seed{'s' if seeds > 1 else ''}: at "
         f"most {settings.search_runs:,} training runs of {settings.conditions.steps} steps. "
-        f"{settings.final_runs:,} more choose among {settings.finalists} finalists, and "
-        f"{settings.comparison_runs:,} compare the winner on {settings.comparison_seeds} fresh "
-        f"seeds. At most {settings.planned_runs:,} in all.",
+        f"{settings.final_runs:,} more choose among the finalists ({settings.finalists}), and "
+        f"{settings.comparison_runs:,} compare the winner on fresh seeds "
+        f"({settings.comparison_seeds}). At most {settings.planned_runs:,} in all.",
         f"A network has at most {settings.budget:,} parameters and {settings.max_work:g} times the "
         "multiply-adds of its task's own network; a million parameters take "
         f"{settings.penalty:g} from a pair's worth.",
@@ -191,8 +191,8 @@ def measured(settings: CoevolutionSettings, result: CoevolutionResult) -> str:
         f"On seeds {seeds}, which the selection has not seen, its fitness on the same split is "
         f"{result.winner.fresh}: selection has overestimated it by {result.winner.bias}.",
         f"Compared with as many steps ({settings.conditions.steps}) on these seeds, on the test "
-        f"split, which {'selected nothing' if honest else 'is the one that selected'}, it is ahead "
-        f"of ({OWN}) by {result.lead} of fitness, seed by seed:",
+        f"split, which {'selected nothing' if honest else 'is the one that selected'}, its fitness "
+        f"less that of ({OWN}) is {result.lead}, seed by seed:",
     )
 
 

@@ -98,18 +98,23 @@ def with_options(settings: Mapping[str, Any], options: argparse.Namespace) -> di
     return {**values, "precision": resolved_precision(values["precision"], values["device"])}
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """``--precision``, ``--out`` and what a machine has; for `with_options`, `with_folder`."""
+def add_run_options(parser: argparse.ArgumentParser, prefix: str = "") -> None:
+    """``--precision``, ``--out`` and what a machine has; for `with_options`, `with_folder`.
+
+    Args:
+        prefix: of the run folder's name, where none is given.
+    """
     add_precision(parser)
+    parser.set_defaults(prefix=prefix)
     parser.add_argument(
-        "--out", type=pathlib.Path, metavar="DIR", help="the run folder (runs/<preset>)"
+        "--out", type=pathlib.Path, metavar="DIR", help=f"the run folder (runs/{prefix}<preset>)"
     )
     add_machine_options(parser)
 
 
-def with_folder(options: argparse.Namespace, prefix: str = "") -> argparse.Namespace:
+def with_folder(options: argparse.Namespace) -> argparse.Namespace:
     """With a run folder named after the preset, where none is given."""
-    options.out = options.out or pathlib.Path("runs") / f"{prefix}{options.preset}"
+    options.out = options.out or pathlib.Path("runs") / f"{options.prefix}{options.preset}"
     return options
 
 

@@ -483,6 +483,15 @@ def test_every_setting_of_a_coevolution_is_an_option(monkeypatch, preset):
 
 
 @pytest.mark.parametrize(
+    ("script", "folder"), [("evolve", "runs/<preset>"), ("coevolve", "runs/coevolve-<preset>")]
+)
+def test_help_says_where_a_run_goes(command, capsys, script, folder):
+    with pytest.raises(SystemExit, match="0"):
+        command(script, "--help")
+    assert f"({folder})" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("arguments", "part"),
     [
         (["--tasks", "text"], "the task 'text' has no images"),

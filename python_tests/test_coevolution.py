@@ -317,12 +317,14 @@ def told(search, scoring):
     return state, search.tell(state, [scoring(pair) for pair in search.ask(state)])
 
 
-def test_a_failed_pair_counts_as_the_worst_that_held():
+@pytest.mark.parametrize("fitness", [-100.0, 100.0])
+def test_a_failed_pair_counts_as_the_worst_that_held(fitness):
     # everybody meets everybody: 3 and 2, worth 10 a + b, and (2, 1) fails
     search = numbers(CoevolutionConfig(first=3, second=2, collaborators=3, generations=2), 3, 2)
 
     def scoring(pair):
-        return FAILED if pair == (2, 1) else Score(10.0 * pair[0] + pair[1])
+        failed = Score(fitness, Status.DIVERGED)
+        return failed if pair == (2, 1) else Score(10.0 * pair[0] + pair[1])
 
     state, following = told(search, scoring)
     worth = [

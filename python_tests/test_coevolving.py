@@ -279,15 +279,17 @@ def test_a_penalty_makes_networks_smaller(training, tmp_path):
 
 
 def test_what_the_journal_says_of_a_pair_is_what_was_measured(training, tmp_path):
-    result = coevolve(SETTINGS, tmp_path)
+    settings = dataclasses.replace(SETTINGS, seeds=(0, 5))
+    result = coevolve(settings, tmp_path)
     by_pair = collections.defaultdict(list)
     for trial in training.trials:
         if trial.purpose is Purpose.SEARCH:
             by_pair[trial.architecture, trial.optimizer].append(trial)
     for each in result.pairs:
         trials = by_pair[each.pair.architecture, each.pair.optimizer]
-        assert {trial.task for trial in trials} == set(TASKS)
-        runs = [PairTraining()(trial, SETTINGS.conditions, None, "cpu") for trial in trials]
+        made = sorted((trial.task, trial.seed) for trial in trials)
+        assert made == list(itertools.product(TASKS, settings.seeds))
+        runs = [PairTraining()(trial, settings.conditions, None, "cpu") for trial in trials]
         assert each.fitness == pytest.approx(statistics.fmean(run.fitness for run in runs))
     best = max(result.pairs, key=lambda each: each.score.rank)
     assert result.history[-1].best.score == best.score
@@ -326,6 +328,31 @@ def test_finalists_are_trained_on_seeds_of_their_own_and_luck_does_not_win(
     assert len(set().union(*seeds.values())) == 1 + 2 + 2
 
 
+def test_of_finalists_that_are_equally_fit_the_smaller_network_wins(
+    training, tmp_path, monkeypatch
+):
+    met = []  # that hold; the first has the largest network, and luck in the search on top
+
+    def change(trial, outcome):
+        if outcome.status.failed:
+            return outcome
+        pair = Pair(trial.architecture, trial.optimizer)
+        met.append(pair)
+        lucky = trial.purpose is Purpose.SEARCH and pair == met[0]
+        return dataclasses.replace(outcome, fitness=2.0 if lucky else 0.5)
+
+    altered(training, monkeypatch, change)
+    best = coevolve(SETTINGS, tmp_path).best
+    finalists = {
+        Pair(trial.architecture, trial.optimizer)
+        for trial in training.trials
+        if trial.purpose is Purpose.AUDIT
+    }
+    assert len(finalists) == SETTINGS.finalists
+    assert met[0] in finalists
+    assert best.pair == min(finalists, key=lambda pair: pair.mean_parameters(TASKS)) != met[0]
+
+
 def test_the_winner_is_compared_with_the_tasks_own_networks(training, tmp_path):
     result = coevolve(SETTINGS, tmp_path)
     pairs = result.contenders
@@ -360,6 +387,7 @@ def test_a_search_in_which_everything_fails_comes_to_its_end(training, tmp_path,
     altered(training, monkeypatch, failed)
     result = coevolve(SETTINGS, tmp_path)
     assert result.best.score.status is Status.DIVERGED
+    assert all(trial.purpose is not Purpose.AUDIT for trial in training.trials)  # no finalists
     assert all(entry.failed == entry.pairs for entry in result.history)
     assert pareto_front(result.pairs) == []
     coevolution_pictures.plot_pareto(tmp_path / "pareto.png", SETTINGS, result)
@@ -388,6 +416,17 @@ def test_a_network_of_the_search_is_within_the_bounds(training, tmp_path):
             cost = cost_of(trial.architecture, trial.task)
             assert cost.parameters <= 20_000
             assert cost.multiply_adds <= 0.25 * own_cost(trial.task).multiply_adds
+
+
+def test_a_network_is_within_the_bounds_on_every_task():
+    settings = dataclasses.replace(
+        searching(first=12), tasks=("mnist", "cifar10"), max_parameters=20_000, max_work=0.25
+    )
+    for architecture in settings.coevolution().start().populations[0]:
+        for task in settings.tasks:
+            cost = cost_of(architecture, task)
+            assert cost.parameters <= 20_000
+            assert cost.multiply_adds <= 0.25 * own_cost(task).multiply_adds
 
 
 def test_what_networks_cost_by_hand():
@@ -538,9 +577,22 @@ def test_a_small_run_trains_and_its_script_trains_the_best_pair(tmp_path, capsys
     assert coevolve(settings, tmp_path).evaluations == 0
     assert contents(tmp_path) == first
 
-    monkeypatch.setattr(sys, "argv", ["train_best.py", "3"])
-    made = runpy.run_path(str(tmp_path / "train_best.py"))
+    script = str(tmp_path / "train_best.py")
+    monkeypatch.setattr(sys, "argv", [script, "3"])
+    runpy.run_path(script)
     assert capsys.readouterr().out.startswith("3 steps: test accuracy 0.")
+    monkeypatch.setattr(sys, "argv", [script])
+    made = runpy.run_path(script)
+    printed = capsys.readouterr().out
     parameters = sum(parameter.numel() for parameter in made["model"].parameters())
     assert parameters == result.best.parameters
     assert made["genome"] == result.best.pair.optimizer
+    train = pool.Evaluation(settings.conditions, settings.threads, "cpu", data_dir=None)
+    alike = train(result.best.pair.trial(*settings.tasks, seed=0, purpose=Purpose.REPORT))
+    accuracy = float(printed.removeprefix("6 steps: test accuracy "))
+    assert accuracy == pytest.approx(alike.test_accuracy, abs=0.005)
+
+
+def test_the_script_trains_the_first_of_several_tasks(training, tmp_path):
+    coevolve(SETTINGS, tmp_path)
+    assert f"get_task({TASKS[0]!r})" in (tmp_path / "train_best.py").read_text()

@@ -148,6 +148,15 @@ def test_co_evolution_comes_within_half_a_percent_in_the_median_of_20_seeds(last
     assert statistics.median(last_gaps["co-evolution"]) <= WITHIN == 0.005
 
 
+def test_what_was_tuned_is_reported_on_other_seeds():
+    assert set(truth.TUNING_SEEDS).isdisjoint(SEEDS)
+    assert truth.TRIED.keys() == truth.SETTINGS.keys()
+    for name, settings in truth.SETTINGS.items():
+        tried = truth.TRIED[name]
+        assert settings.keys() == tried.keys()
+        assert all(value in tried[setting] for setting, value in settings.items())
+
+
 def test_random_search_succeeds_as_often_as_chance_says(table):
     good = sum(gap <= WITHIN for pair in PAIRS for gap in gaps(table, [pair]))
     misses = math.comb(len(PAIRS) - good, BUDGET) / math.comb(len(PAIRS), BUDGET)
