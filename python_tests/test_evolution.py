@@ -424,7 +424,9 @@ def test_a_second_process_is_refused(complete):
 def test_a_kill_while_the_journal_is_created_leaves_a_run_folder(training, tmp_path):
     (tmp_path / "lock").write_text("1\n")
     (tmp_path / f"{JOURNAL}.new").write_bytes(b"half")
+    (tmp_path / f"{JOURNAL}.new-journal").write_bytes(b"half")
     evolve(SETTINGS, tmp_path)
+    assert not list(tmp_path.glob("*.new*"))
 
 
 def test_other_images_under_the_same_name_are_refused(training, tmp_path):

@@ -273,7 +273,11 @@ def _refuse_foreign(folder: pathlib.Path) -> None:
     """A run folder has a journal, or nothing but what a run killed at its start leaves behind."""
     if not folder.exists() or (folder / JOURNAL).exists():
         return
-    others = sorted(item.name for item in folder.iterdir() if item.name not in (LOCK, UNFINISHED))
+    others = sorted(
+        item.name
+        for item in folder.iterdir()
+        if item.name != LOCK and not item.name.startswith(UNFINISHED)  # and SQLite's file beside it
+    )
     if others:
         raise JournalError(
             f"{folder} is not a run folder: it has {others[0]!r} but no {JOURNAL}; "
@@ -304,7 +308,8 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
 def _create(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
     """Write an empty journal under another name first: a journal that exists is whole."""
     unfinished = path.with_name(UNFINISHED)
-    unfinished.unlink(missing_ok=True)
+    for left in path.parent.glob(f"{UNFINISHED}*"):
+        left.unlink()
     with contextlib.closing(_connect(unfinished, "rwc")) as connection:
         connection.executescript(SCHEMA)
         connection.execute("INSERT INTO run VALUES (?)", [json.dumps(settings)])
