@@ -21,11 +21,8 @@ from commandline import Bar, add_machine_options, exit_code, worker_count
 
 from evokernels import Architecture, Genome, zoo
 from evokernels.errors import JournalError
-from evokernels.evolution.evaluations import Evaluations, Request
-from evokernels.evolution.evaluator import EVALUATION_VERSION
+from evokernels.evolution.evaluations import Request, open_evaluations
 from evokernels.evolution.files import csv_text, make_folder, write_atomically
-from evokernels.evolution.journal import open_journal
-from evokernels.evolution.pool import open_pool
 from evokernels.evolution.trial import Conditions, Trial
 from evokernels.search.score import Score, Status
 
@@ -101,22 +98,19 @@ def run(options: argparse.Namespace) -> None:
     """Train what the journal lacks, then write the table."""
     make_folder(RESULTS)
     trials = {pair: trial(*pair) for pair in PAIRS}
-    settings = {
-        **dataclasses.asdict(CONDITIONS),
-        **{"threads": THREADS, "device": "cpu", "evaluation_version": EVALUATION_VERSION},
-    }
+    settings = {**dataclasses.asdict(CONDITIONS), "threads": THREADS, "device": "cpu"}
     with (
         Bar() as bar,
-        open_journal(options.out, settings) as journal,
-        open_pool(
+        open_evaluations(
+            options.out,
+            settings,
             CONDITIONS,
-            workers=worker_count(options, THREADS, "cpu"),
-            threads=THREADS,
+            bar.show,
             data_dir=options.data_dir,
+            workers=worker_count(options, THREADS, "cpu"),
             time_limit=options.time_limit,
-        ) as pool,
+        ) as evaluations,
     ):
-        evaluations = Evaluations(journal, pool, bar.show)
         evaluations.make(map(Request.after_search, trials.values()), 0, "pairs")
         outcomes = {pair: evaluations.outcome(trial) for pair, trial in trials.items()}
     rows = (

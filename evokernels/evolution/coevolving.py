@@ -23,11 +23,13 @@ from evokernels.evolution.coevolution_history import (
 )
 from evokernels.evolution.coevolution_settings import CoevolutionSettings
 from evokernels.evolution.comparison import Comparison, Row
-from evokernels.evolution.evaluations import Evaluations, OnProgress, Request
-from evokernels.evolution.evaluator import EVALUATION_VERSION
-from evokernels.evolution.journal import open_journal
+from evokernels.evolution.evaluations import (
+    Evaluations,
+    OnProgress,
+    Request,
+    open_evaluations,
+)
 from evokernels.evolution.pairs import Measured, Pair, worth
-from evokernels.evolution.pool import open_pool
 from evokernels.evolution.trial import Outcome, Purpose, Trial, network_key
 from evokernels.evolution.winner import final_runs, measure_winner
 from evokernels.search.coevolution import State
@@ -68,20 +70,16 @@ def coevolve(
         DatasetError: a data set is missing or has not enough images.
         WorkerError: the workers fail, not single evaluations (`Pool.run`).
     """
-    recorded = {**settings.to_dict(), "evaluation_version": EVALUATION_VERSION}
-    with (
-        open_journal(folder, recorded) as journal,
-        open_pool(
-            settings.conditions,
-            workers=workers,
-            threads=settings.threads,
-            device=settings.device,
-            data_dir=data_dir,
-            time_limit=time_limit,
-            executor=executor,
-        ) as pool,
-    ):
-        evaluations = Evaluations(journal, pool, on_progress)
+    with open_evaluations(
+        folder,
+        settings.to_dict(),
+        settings.conditions,
+        on_progress,
+        data_dir=data_dir,
+        workers=workers,
+        time_limit=time_limit,
+        executor=executor,
+    ) as evaluations:
         return _Run(settings, pathlib.Path(folder), evaluations).complete()
 
 

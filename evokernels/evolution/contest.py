@@ -13,10 +13,12 @@ from evokernels.evolution import report, tuning
 from evokernels.evolution.baselines import Baseline
 from evokernels.evolution.comparison import Comparison, table
 from evokernels.evolution.devices import find_device
-from evokernels.evolution.evaluations import Evaluations, OnProgress, Request
-from evokernels.evolution.evaluator import EVALUATION_VERSION
-from evokernels.evolution.journal import open_journal
-from evokernels.evolution.pool import open_pool
+from evokernels.evolution.evaluations import (
+    Evaluations,
+    OnProgress,
+    Request,
+    open_evaluations,
+)
 from evokernels.evolution.settings import SEED_LIMIT
 from evokernels.evolution.trial import Conditions
 from evokernels.genome import Genome
@@ -86,7 +88,6 @@ class Contest:
             **dataclasses.asdict(self.conditions),
             "threads": self.threads,
             "device": self.device,
-            "evaluation_version": EVALUATION_VERSION,
         }
 
 
@@ -154,23 +155,20 @@ def compare(
         DatasetError: a data set is missing or has not enough samples.
         WorkerError: the workers fail, not single evaluations (`Pool.run`).
     """
-    with (
-        open_journal(folder, contest.journal_settings()) as journal,
-        open_pool(
-            contest.conditions,
-            workers=workers,
-            threads=contest.threads,
-            device=contest.device,
-            data_dir=data_dir,
-            time_limit=time_limit,
-        ) as pool,
-    ):
-        before = len(journal)
-        result = _complete(contest, Evaluations(journal, pool, on_progress))
-        evaluations = len(journal) - before
-    untuned, tuned, choices = result
+    with open_evaluations(
+        folder,
+        contest.journal_settings(),
+        contest.conditions,
+        on_progress,
+        data_dir=data_dir,
+        workers=workers,
+        time_limit=time_limit,
+    ) as evaluations:
+        before = len(evaluations.journal)
+        untuned, tuned, choices = _complete(contest, evaluations)
+        made = len(evaluations.journal) - before
     report.write_comparison(pathlib.Path(folder), untuned, tuned)
-    return ContestResult(untuned, tuned, choices, evaluations)
+    return ContestResult(untuned, tuned, choices, made)
 
 
 def _complete(

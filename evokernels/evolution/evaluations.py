@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
-from evokernels.evolution.journal import Entry, Journal
-from evokernels.evolution.pool import Pool
-from evokernels.evolution.trial import Outcome, Purpose, Trial
+from evokernels.evolution.evaluator import EVALUATION_VERSION
+from evokernels.evolution.journal import Entry, Journal, open_journal
+from evokernels.evolution.pool import Pool, open_pool
+from evokernels.evolution.trial import Conditions, Outcome, Purpose, Trial
 
-__all__ = ["Evaluations", "OnProgress", "Request"]
+__all__ = ["Evaluations", "OnProgress", "Request", "open_evaluations"]
 
 OnProgress = Callable[[int, int, str], object]
 
@@ -78,3 +82,33 @@ class Evaluations:
     def outcome(self, trial: Trial) -> Outcome:
         """How a trial ended that was made before."""
         return self.entry(trial.key, trial.task, trial.seed, trial.purpose).outcome
+
+
+@contextlib.contextmanager
+def open_evaluations(
+    folder: str | os.PathLike[str],
+    settings: Mapping[str, Any],
+    conditions: Conditions,
+    on_progress: OnProgress,
+    **workers: Any,
+) -> Iterator[Evaluations]:
+    """Those of the run in ``folder``: its journal, and workers for what it lacks.
+
+    Args:
+        folder: the run folder.
+        settings: JSON values, all that the numbers depend on, the conditions and ``threads`` and
+            ``device`` of a training run among them.
+        conditions: of every training run.
+        on_progress: see `Evaluations`.
+        workers: the other arguments of `open_pool`.
+
+    Raises:
+        JournalError: see `open_journal`.
+    """
+    recorded = {**settings, "evaluation_version": EVALUATION_VERSION}
+    place = {name: settings[name] for name in ("threads", "device")}
+    with (
+        open_journal(folder, recorded) as journal,
+        open_pool(conditions, **place, **workers) as pool,
+    ):
+        yield Evaluations(journal, pool, on_progress)

@@ -11,12 +11,14 @@ from evokernels import zoo
 from evokernels.evolution import report
 from evokernels.evolution.audit import Audit, audit
 from evokernels.evolution.comparison import Comparison
-from evokernels.evolution.evaluations import Evaluations, OnProgress, Request
-from evokernels.evolution.evaluator import EVALUATION_VERSION
+from evokernels.evolution.evaluations import (
+    Evaluations,
+    OnProgress,
+    Request,
+    open_evaluations,
+)
 from evokernels.evolution.history import Generation, plateaued, summarise
-from evokernels.evolution.journal import open_journal
 from evokernels.evolution.ledger import Cost, read_ledger
-from evokernels.evolution.pool import open_pool
 from evokernels.evolution.refining import Refiner
 from evokernels.evolution.rounds import Rounds
 from evokernels.evolution.settings import RunSettings
@@ -84,20 +86,16 @@ def evolve(
         DatasetError: a data set is missing or has not enough images.
         WorkerError: the workers fail, not single evaluations (`Pool.run`).
     """
-    recorded = {**settings.to_dict(), "evaluation_version": EVALUATION_VERSION}
-    with (
-        open_journal(folder, recorded) as journal,
-        open_pool(
-            settings.conditions,
-            workers=workers,
-            threads=settings.threads,
-            device=settings.device,
-            data_dir=data_dir,
-            time_limit=time_limit,
-            executor=executor,
-        ) as pool,
-    ):
-        evaluations = Evaluations(journal, pool, on_progress)
+    with open_evaluations(
+        folder,
+        settings.to_dict(),
+        settings.conditions,
+        on_progress,
+        data_dir=data_dir,
+        workers=workers,
+        time_limit=time_limit,
+        executor=executor,
+    ) as evaluations:
         return _Run(settings, pathlib.Path(folder), evaluations, audits).complete()
 
 
