@@ -30,8 +30,7 @@ import statistics
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
-from evokernels.errors import SettingsError
-from evokernels.search.genetic import Scored, children, rank
+from evokernels.search.genetic import Scored, check_bounds, children, rank
 from evokernels.search.score import Score
 from evokernels.search.spaces import Space
 
@@ -74,18 +73,15 @@ class CoevolutionConfig:
 
     def __post_init__(self) -> None:
         larger = max(self.first, self.second)
-        for name, low, high in (
+        check_bounds(
+            self,
             ("first", 1, None),
             ("second", 1, None),
             ("generations", 1, None),
             ("collaborators", 1, None),
             ("elites", 0, larger - 1),
             ("tournament", 1, larger),
-        ):
-            value = getattr(self, name)
-            if value < low or (high is not None and value > high):
-                allowed = f"at least {low}" if high is None else f"from {low} to {high}"
-                raise SettingsError(f"{name} must be {allowed}, got {value!r}")
+        )
 
     @property
     def evaluations_per_generation(self) -> int:

@@ -25,7 +25,7 @@ from evokernels.errors import SettingsError
 from evokernels.search.score import Score
 from evokernels.search.spaces import OptimizerSpace, Space
 
-__all__ = ["GeneticConfig", "GeneticSearch", "Scored", "State", "children", "rank"]
+__all__ = ["GeneticConfig", "GeneticSearch", "Scored", "State", "check_bounds", "children", "rank"]
 
 Individual = TypeVar("Individual", bound=Hashable)
 
@@ -54,17 +54,14 @@ class GeneticConfig:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        for name, low, high in (
+        check_bounds(
+            self,
             ("population", 2, None),
             ("generations", 1, None),
             ("elites", 0, self.population - 1),
             ("tournament", 1, self.population),
             ("max_terms", 1, None),
-        ):
-            value = getattr(self, name)
-            if value < low or (high is not None and value > high):
-                allowed = f"at least {low}" if high is None else f"from {low} to {high}"
-                raise SettingsError(f"{name} must be {allowed}, got {value!r}")
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,3 +171,17 @@ def children(
 def rank(entry: Scored) -> tuple[bool, float]:
     """Sort key, best last."""
     return entry.score.rank
+
+
+def check_bounds(config: object, *bounds: tuple[str, int, int | None]) -> None:
+    """Raises SettingsError for a setting below its least or above its greatest value, if any.
+
+    Args:
+        config: the settings.
+        bounds: of each: its name, the least and the greatest value.
+    """
+    for name, low, high in bounds:
+        value = getattr(config, name)
+        if value < low or (high is not None and value > high):
+            allowed = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise SettingsError(f"{name} must be {allowed}, got {value!r}")
