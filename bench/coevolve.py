@@ -16,7 +16,7 @@ from commandline import (
     Bar,
     add_run_options,
     add_settings,
-    exit_code,
+    run_exit_code,
     with_folder,
     with_options,
     worker_count,
@@ -90,9 +90,7 @@ SWITCHES = (("hurdle", "end runs that are no better than guessing after 50 steps
 
 def main() -> int:
     """The command; its exit code."""
-    options = parse(sys.argv[1:])
-    hint = f"all finished training runs are in {options.out}, the same command resumes there"
-    return exit_code(lambda: run(options), hint)
+    return run_exit_code(run, parse(sys.argv[1:]))
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

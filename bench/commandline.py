@@ -24,6 +24,7 @@ __all__ = [
     "exit_code",
     "markdown",
     "resolved_precision",
+    "run_exit_code",
     "with_folder",
     "with_options",
     "worker_count",
@@ -41,6 +42,12 @@ def exit_code(command: Callable[[], None], resume_hint: str) -> int:
         print(f"interrupted; {resume_hint}", file=sys.stderr)
         return 130
     return 0
+
+
+def run_exit_code(run: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
+    """`exit_code` of a command that resumes in its run folder, ``options.out``."""
+    hint = f"all finished training runs are in {options.out}, the same command resumes there"
+    return exit_code(lambda: run(options), hint)
 
 
 def add_settings(

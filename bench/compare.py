@@ -19,9 +19,9 @@ from commandline import (
     Bar,
     add_machine_options,
     add_precision,
-    exit_code,
     positive,
     resolved_precision,
+    run_exit_code,
     worker_count,
 )
 
@@ -41,9 +41,7 @@ VALIDATION_SAMPLES = 5_000  # where there is tuning
 
 def main() -> int:
     """The command; its exit code."""
-    options = parse(sys.argv[1:])
-    hint = f"all finished training runs are in {options.out}, the same command resumes there"
-    return exit_code(lambda: run(options), hint)
+    return run_exit_code(run, parse(sys.argv[1:]))
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from commandline import Bar, exit_code, markdown, positive
 from es_examples import EXAMPLES, Example, Row, Settings, train
 from es_speed import speed_table
 
+from evokernels.evolution.figures import new_figure, save_figure
 from evokernels.evolution.files import csv_text, make_folder, write_atomically
 
 # option, type, meaning
@@ -133,9 +133,7 @@ def result(example: Example, curves: Curves) -> Iterator[str]:
 
 def draw(path: pathlib.Path, example: Example, title: str, curves: Curves) -> None:
     """The quantity over evaluations; one with a target to fall to has logarithmic axes."""
-    from matplotlib.figure import Figure  # here: it takes half a second, which --help would pay
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = new_figure(7, 4.2)
     axes = figure.add_subplot()
     for update, curve in curves.items():
         axes.plot([r.evaluations for r in curve], [r.value for r in curve], label=update, lw=1)
@@ -147,9 +145,7 @@ def draw(path: pathlib.Path, example: Example, title: str, curves: Curves) -> No
     axes.set_ylabel(example.quantity)
     axes.grid(alpha=0.3)
     axes.legend()
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150)
-    write_atomically(path, image.getvalue())
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

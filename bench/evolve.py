@@ -15,8 +15,8 @@ from commandline import (
     Bar,
     add_run_options,
     add_settings,
-    exit_code,
     positive,
+    run_exit_code,
     with_folder,
     with_options,
     worker_count,
@@ -105,9 +105,7 @@ SWITCHES = (
 
 def main() -> int:
     """The command; its exit code."""
-    options = parse(sys.argv[1:])
-    hint = f"all finished training runs are in {options.out}, the same command resumes there"
-    return exit_code(lambda: run(options), hint)
+    return run_exit_code(run, parse(sys.argv[1:]))
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

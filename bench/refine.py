@@ -21,10 +21,10 @@ from commandline import (
     Bar,
     add_machine_options,
     add_precision,
-    exit_code,
     markdown,
     positive,
     resolved_precision,
+    run_exit_code,
     worker_count,
 )
 from landscape import Landscape, truth
@@ -38,9 +38,7 @@ from evokernels.evolution.settings import RunSettings
 
 def main() -> int:
     """The command; its exit code."""
-    options = parse(sys.argv[1:])
-    hint = f"all finished training runs are in {options.out}, the same command resumes there"
-    return exit_code(lambda: run(options), hint)
+    return run_exit_code(run, parse(sys.argv[1:]))
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import argparse
 import functools
-import io
 import itertools
 import math
+import pathlib
 import random
 import statistics
 import sys
@@ -37,6 +37,7 @@ from truth_table import (
     read_table,
 )
 
+from evokernels.evolution.figures import new_figure, save_figure
 from evokernels.evolution.files import write_atomically
 from evokernels.search import architecture_operators
 from evokernels.search.coevolution import Coevolution, CoevolutionConfig
@@ -169,7 +170,7 @@ def report() -> None:
     }
     text = summary(table, curves)
     write_atomically(RESULTS / "truth.md", text.encode())
-    write_atomically(RESULTS / "truth.png", picture(curves))
+    draw(RESULTS / "truth.png", curves)
     print(text)
 
 
@@ -277,11 +278,9 @@ def shown(settings: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
-def picture(curves: Mapping[str, list[list[float]]]) -> bytes:
-    """The median gap of each search against the pairs looked up, with its quartiles; PNG."""
-    from matplotlib.figure import Figure  # here: it takes half a second, which --help would pay
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+def draw(path: pathlib.Path, curves: Mapping[str, list[list[float]]]) -> None:
+    """The median gap of each search against the pairs looked up, with its quartiles."""
+    figure = new_figure(7, 4.2)
     axes = figure.add_subplot()
     for name, several in curves.items():
         # a search that ends early stays where it is
@@ -296,9 +295,7 @@ def picture(curves: Mapping[str, list[list[float]]]) -> bytes:
     axes.set(xlabel="different pairs looked up", ylabel="gap to the best pair (%)", ylim=(0, 8))
     axes.legend()
     axes.grid(alpha=0.3)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120)
-    return content.getvalue()
+    save_figure(figure, path)
 
 
 def tune() -> None:

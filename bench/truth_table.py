@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from commandline import Bar, add_machine_options, exit_code, worker_count
+from commandline import Bar, add_machine_options, run_exit_code, worker_count
 
 from evokernels import Architecture, Genome, zoo
 from evokernels.errors import JournalError
@@ -89,9 +89,7 @@ def main() -> int:
         help="folder of the journal (runs/truth)",
     )
     add_machine_options(parser)
-    options = parser.parse_args()
-    hint = f"all finished training runs are in {options.out}, the same command resumes there"
-    return exit_code(lambda: run(options), hint)
+    return run_exit_code(run, parser.parse_args())
 
 
 def run(options: argparse.Namespace) -> None:
