@@ -23,8 +23,8 @@ from commandline import (
     add_precision,
     markdown,
     positive,
-    resolved_precision,
     run_exit_code,
+    with_options,
     worker_count,
 )
 from landscape import Landscape, truth
@@ -112,10 +112,8 @@ def chosen_settings(options: argparse.Namespace, seed: int) -> RunSettings:
         "seeds": options.seeds,
         "comparison_seeds": options.comparison_seeds,
     }
-    values = evolve.PRESETS[options.preset].to_dict()
-    values.update((name, value) for name, value in given.items() if value is not None)
-    values["precision"] = resolved_precision(options.precision, values["device"])
-    return RunSettings.from_dict(values)
+    chosen = argparse.Namespace(**given, precision=options.precision)
+    return RunSettings.from_dict(with_options(evolve.PRESETS[options.preset].to_dict(), chosen))
 
 
 def equally_costly(settings: RunSettings, result: RunResult) -> RunSettings:

@@ -25,7 +25,6 @@ from evokernels.tasks import (
     decode,
     get_task,
     load_images,
-    parameters_of,
 )
 
 CPU = torch.device("cpu")
@@ -234,8 +233,8 @@ def test_an_evaluation_trains_the_network_of_the_architecture():
 
 def test_parameters_are_known_before_data_are_loaded(monkeypatch, tmp_path):
     monkeypatch.setenv("EVOKERNELS_DATA", str(tmp_path / "absent"))
-    assert parameters_of(zoo.small_cnn, "fashion_mnist") == 824_458
-    assert parameters_of(zoo.cifar_cnn, "cifar10") == 2_168_554
+    assert get_task("fashion_mnist").decode(zoo.small_cnn).parameters == 824_458
+    assert get_task("cifar10").decode(zoo.cifar_cnn).parameters == 2_168_554
     for task in TASKS.values():
         if task.shape:
             assert next(task.model(task.classes).parameters()).shape[1] == task.shape[0]
@@ -248,14 +247,14 @@ def test_shape_and_classes_are_those_of_the_images():
 
 def test_a_task_without_images_has_no_architectures():
     for ask in (
-        lambda: parameters_of(zoo.small_cnn, "text"),
+        lambda: get_task("text").decode(zoo.small_cnn),
         lambda: get_task("text").build(zoo.small_cnn),
         lambda: Trial(zoo.adam, "text", 0, architecture=zoo.small_cnn).key,
     ):
         with pytest.raises(ArchitectureError, match=r"'text' has no images, .* mnist, .*cifar10"):
             ask()
     with pytest.raises(DatasetError, match="unknown task"):
-        parameters_of(zoo.small_cnn, "imagenet")
+        get_task("imagenet").decode(zoo.small_cnn)
 
 
 def test_second_derivatives_are_there_where_they_are_asked_for():

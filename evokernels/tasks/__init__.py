@@ -7,7 +7,7 @@ from evokernels.tasks.decoding import Decoded, build, decode
 from evokernels.tasks.images import ImageData
 from evokernels.tasks.models import CifarCNN, ConvNet, SmallCNN
 from evokernels.tasks.native_network import NativeNetwork
-from evokernels.tasks.registry import TASKS, Task, get_task, parameters_of
+from evokernels.tasks.registry import TASKS, Task, get_task
 from evokernels.tasks.texts import TextData, load_text
 from evokernels.tasks.transformer import CharTransformer
 
@@ -33,7 +33,6 @@ __all__ = [
     "load_images",
     "load_text",
     "own_cost",
-    "parameters_of",
     "stack_draws",
     "training_batches",
 ]

@@ -32,7 +32,8 @@ def cost_of(architecture: Architecture, task_name: str) -> Cost:
     """Of what an architecture becomes on a task; no data are loaded.
 
     Raises:
-        ArchitectureError: as `evokernels.tasks.parameters_of`.
+        ArchitectureError: the task has no images, or its classifier alone has more than
+            ``max_parameters``.
         DatasetError: there is no such task.
     """
     task = get_task(task_name)

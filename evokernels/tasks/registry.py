@@ -17,7 +17,7 @@ from evokernels.tasks.models import CifarCNN, SmallCNN
 from evokernels.tasks.texts import load_text
 from evokernels.tasks.transformer import CharTransformer
 
-__all__ = ["TASKS", "Task", "get_task", "parameters_of"]
+__all__ = ["TASKS", "Task", "get_task"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,14 +95,3 @@ def get_task(name: str) -> Task:
         known = ", ".join((*TASKS, "text:FILE"))
         raise DatasetError(f"unknown task {name!r}; use one of {known}")
     return TASKS[name]
-
-
-def parameters_of(architecture: Architecture, task_name: str) -> int:
-    """Of the network that an architecture becomes on a task; no data are loaded.
-
-    Raises:
-        ArchitectureError: the task has no images, or its classifier alone has more than
-            ``max_parameters``.
-        DatasetError: there is no such task.
-    """
-    return get_task(task_name).decode(architecture).parameters
