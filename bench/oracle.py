@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from eager import eager_update
 
-from evokernels import Genome, Term
+from evokernels import Genome
 from evokernels.compiler.evaluate import reference_step
 from evokernels.compiler.schedule import learning_rate_factor
+from evokernels.genome import CATALOGUES
 from evokernels.kernels.plan import ARITHMETIC
 
 __all__ = [
@@ -30,7 +31,7 @@ def random_genome(seed: int) -> Genome:
     r = random.Random(seed)
     count = r.randint(1, 7)
     return Genome(
-        term_types=[r.choice(list(Term)) for _ in range(count)],
+        term_types=[r.choice(CATALOGUES["classic"]) for _ in range(count)],
         alphas=[r.choice([0.0, r.uniform(-3, 3), r.uniform(-1, 1)]) for _ in range(count)],
         lr_log10=r.uniform(-5, -1),
         beta1=r.choice([0.0, r.uniform(0.0, 0.999)]),
