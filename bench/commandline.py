@@ -120,7 +120,7 @@ def add_run_options(parser: argparse.ArgumentParser, prefix: str = "") -> None:
         "--terms",
         type=pathlib.Path,
         metavar="FILE",
-        help="Python file that registers terms of your own (evokernels.terms), which the search uses",
+        help="Python file that registers terms of your own, which the search then uses",
     )
     add_precision(parser)
     parser.set_defaults(prefix=prefix)
