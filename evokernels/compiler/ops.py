@@ -63,6 +63,17 @@ OPS = {
         "tl.where({0} > {1}, {0}, {1})",
         "max({0}, {1})",
     ),
+    "exp": Op(1, np.exp, "exp{f}({0})", "exponential({0})", "exp({0})"),
+    "log1p": Op(1, np.log1p, "log1p{f}({0})", "log1p({0})", "log1p({0})"),
+    "tanh": Op(1, np.tanh, "tanh{f}({0})", "tanh({0})", "tanh({0})"),
+    # {2} where {0} is above {1}, else {3}; NaN where they cannot be compared: a choice would hide it
+    "where": Op(
+        4,
+        lambda a, b, x, y: np.where(a > b, x, np.where(a <= b, y, np.nan)),
+        "{0} > {1} ? {2} : {0} <= {1} ? {3} : {0} + {1}",
+        "tl.where({0} > {1}, {2}, tl.where({0} <= {1}, {3}, {0} + {1}))",
+        "where({0} > {1}, {2}, {3})",
+    ),
     # {0} * {1} + {2}, rounded once: the kernels and torch's own vector code both do
     "fma": Op(
         3,
