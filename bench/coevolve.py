@@ -72,6 +72,7 @@ SETTINGS = (
     ("max-work", float, False, "multiply-adds of a network, in those of the task's own"),
     ("penalty", float, False, "what a million parameters take from a pair's worth"),
     ("max-terms", int, False, "terms that a genome may have"),
+    ("catalogue", str, False, "what terms there are: classic or wide"),
     ("recipes", str, True, "named genomes to choose among, instead of genomes that evolve"),
     ("run-seed", int, False, "seed of the search"),
     ("tasks", str, True, "tasks that every pair is trained on"),

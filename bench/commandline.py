@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from evokernels import terms
 from evokernels.errors import EvokernelsError
 from evokernels.evolution.devices import find_device
 from evokernels.evolution.precision import PRECISIONS, best_precision
@@ -100,19 +101,29 @@ def _shown(value: object) -> str:
 
 def with_options(settings: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """The settings of a preset, replaced by those that are given; precision as it is computed."""
+    if getattr(options, "terms", None) is not None:
+        terms.load(options.terms)
+        options.own_terms = terms.definitions()
     given = {name: getattr(options, name, None) for name in settings}
     values = {name: settings[name] if value is None else value for name, value in given.items()}
     return {**values, "precision": resolved_precision(values["precision"], values["device"])}
 
 
 def add_run_options(parser: argparse.ArgumentParser, prefix: str = "") -> None:
-    """``--precision``, ``--out`` and what a machine has; for `with_options`, `with_folder`.
+    """``--terms``, ``--precision``, ``--out`` and what a machine has; for `with_options` and
+    `with_folder`.
 
     Args:
         prefix: of the run folder's name, where none is given.
     """
+    parser.add_argument(
+        "--terms",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="Python file that registers terms of your own, which the search then uses",
+    )
     add_precision(parser)
-    parser.set_defaults(prefix=prefix)
+    parser.set_defaults(prefix=prefix, own_terms=None)
     parser.add_argument(
         "--out", type=pathlib.Path, metavar="DIR", help=f"the run folder (runs/{prefix}<preset>)"
     )

@@ -73,6 +73,7 @@ PARITY = {
     "rotate_seeds": False,
     "finalists": 1,
     "refine": 0,
+    "catalogue": "classic",
 }
 
 SETTINGS = (
@@ -81,6 +82,7 @@ SETTINGS = (
     ("elites", int, False, "best genomes that pass on unchanged"),
     ("tournament", int, False, "genomes drawn for each parent, of which the best wins"),
     ("max-terms", int, False, "terms that a genome may have"),
+    ("catalogue", str, False, "what terms there are: classic or wide"),
     ("run-seed", int, False, "seed of the search"),
     ("tasks", str, True, "tasks that every genome is trained on"),
     ("seeds", int, True, "seeds of the training runs on each task"),

@@ -47,6 +47,7 @@ from oracle import exact_step, precise
 from timing import NEW, SAME, WALL, Measured, measure
 
 from evokernels import FusedEvolvedOptimizer, Genome, Term, zoo
+from evokernels.genome import CATALOGUES
 from evokernels.tasks import CifarCNN, SmallCNN
 
 __all__ = ["CASES", "Case"]
@@ -97,7 +98,10 @@ ONE_64M = ((64_000_000,),)
 SIXTEEN_1M = ((1_000_000,),) * 16
 SIGN = Genome([Term.SIGN_GRAD], use_m=False, use_v=False, use_bias_correction=False)
 SEVEN_TERMS = Genome(
-    list(Term), [0.3, 0.2, 0.1, 1.0, 0.4, 0.1, 0.2], use_bias_correction=False, wd_log10=-2.0
+    CATALOGUES["classic"],
+    [0.3, 0.2, 0.1, 1.0, 0.4, 0.1, 0.2],
+    use_bias_correction=False,
+    wd_log10=-2.0,
 )
 
 CASES = {

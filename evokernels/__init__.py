@@ -2,7 +2,7 @@
 
 import sys
 
-from evokernels import zoo
+from evokernels import terms, zoo
 from evokernels.architecture import Architecture
 from evokernels.errors import EvokernelsError
 from evokernels.explain import explain
@@ -16,6 +16,7 @@ __all__ = [
     "Genome",
     "Term",
     "explain",
+    "terms",
     "zoo",
 ]
 

@@ -11,6 +11,8 @@ __all__ = [
     "OptimizerError",
     "SettingsError",
     "StrategyError",
+    "TermError",
+    "TermWarning",
     "WorkerError",
 ]
 
@@ -53,6 +55,14 @@ class SettingsError(EvokernelsError, ValueError):
 
 class StrategyError(EvokernelsError, ValueError):
     """An evolution strategy was given a model, an optimizer, options or scores it cannot use."""
+
+
+class TermError(EvokernelsError, ValueError):
+    """A term that cannot be registered, or the file that registers it."""
+
+
+class TermWarning(UserWarning):
+    """A term of a user's own can make something that is not finite out of finite numbers."""
 
 
 class WorkerError(EvokernelsError, RuntimeError):

@@ -10,13 +10,14 @@ import enum
 import math
 import numbers
 import reprlib
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from evokernels.document import Document
-from evokernels.errors import GenomeError
+from evokernels.errors import GenomeError, TermError
 
-__all__ = ["Genome", "Term"]
+__all__ = ["CATALOGUES", "Genome", "OwnTerm", "Term", "add_own_term", "find_term", "own_terms"]
 
 
 class Term(enum.IntEnum):
@@ -29,22 +30,85 @@ class Term(enum.IntEnum):
     SIGN_GRAD = 4
     SQRT_GRAD = 5
     NESTEROV = 6
+    # the wide catalogue
+    SIGN_MOMENTUM = 7
+    LION = 8
+    CAUTIOUS_MOMENTUM = 9
+    CAUTIOUS_ADAM = 10
+    BELIEF = 11
+    TANH_GRAD = 12
+    RMS_ABS = 13
 
     def __repr__(self) -> str:
         return repr(self.name)  # the name is what Genome accepts and JSON holds
 
-    @classmethod
-    def parse(cls, value: object) -> Term:
-        """A term from its name or its integer code; raises GenomeError."""
-        if isinstance(value, str) and value in cls.__members__:
-            return cls[value]
-        is_code = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        if is_code and int(value) in cls._value2member_map_:
-            return cls(int(value))
-        raise GenomeError(
-            f"term_types holds {value!r}, which is no term; "
-            f"use one of {', '.join(f'{t.name} ({t.value})' for t in cls)}"
+
+# What a search draws from: the terms of the source system, or all.
+CATALOGUES = {"classic": tuple(Term)[:7], "wide": tuple(Term)}
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnTerm:
+    """A term that a user has registered (`evokernels.terms.register`).
+
+    It travels with its formula: a process that has never heard of it knows it when it is unpickled.
+
+    Attributes:
+        formula: an expression of `evokernels.compiler`.
+    """
+
+    name: str
+    formula: Hashable
+
+    def __repr__(self) -> str:
+        return repr(self.name)
+
+    def __reduce__(self) -> tuple[Callable, tuple[str, Hashable]]:
+        return add_own_term, (self.name, self.formula)
+
+
+_own_terms: dict[str, OwnTerm] = {}
+
+
+def own_terms() -> Mapping[str, OwnTerm]:
+    """Those that this process knows, by name."""
+    return types.MappingProxyType(_own_terms)
+
+
+def add_own_term(name: str, formula: Hashable) -> OwnTerm:
+    """The term of that name and formula; raises TermError if another one has the name.
+
+    `evokernels.terms.register` is what users call: it checks the formula.
+    """
+    if not isinstance(name, str) or not name.isidentifier():
+        raise TermError(
+            f"a term's name is a word of letters, digits and underscores that begins with no "
+            f"digit, got {name!r}"
         )
+    if name in Term.__members__:
+        raise TermError(f"{name} is a built-in term of another formula; give yours another name")
+    term = _own_terms.setdefault(name, OwnTerm(name, formula))
+    if term.formula != formula:
+        raise TermError(f"{name} is {term.formula} already, not {formula}; give it another name")
+    return term
+
+
+def find_term(value: object) -> Term | OwnTerm:
+    """A term from itself, its name or its integer code; raises GenomeError."""
+    if isinstance(value, OwnTerm) and _own_terms.get(value.name) == value:
+        return value
+    if isinstance(value, str) and value in Term.__members__:
+        return Term[value]
+    if isinstance(value, str) and value in _own_terms:
+        return _own_terms[value]
+    is_code = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if is_code and int(value) in Term._value2member_map_:
+        return Term(int(value))
+    raise GenomeError(
+        f"term_types holds {value!r}, which is no term; use one of "
+        f"{', '.join([*(f'{t.name} ({t.value})' for t in Term), *_own_terms])}, or register it "
+        "before: evokernels.terms.register(name, formula)"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +149,8 @@ class Genome(Document):
     """One optimizer update rule: immutable, hashable, validated on construction.
 
     Args:
-        term_types: terms added up in the update: names, ``Term`` members or the codes 0-6.
+        term_types: terms added up in the update: ``Term`` members, names or codes; names of terms
+            that were registered (`evokernels.terms`).
         alphas: weight of each term, as many as ``term_types``; finite, within ±1e6.
         lr_log10: learning rate, as a power of ten, in [-12, 2].
         beta1: decay of the first moment, in [0, 1).
@@ -109,7 +174,7 @@ class Genome(Document):
     ERROR: ClassVar[type[GenomeError]] = GenomeError
     NO_CONSTANT: ClassVar[str] = "no weight decay is null"
 
-    term_types: Sequence[Term | str | int] = (Term.GRAD,)
+    term_types: Sequence[Term | OwnTerm | str | int] = (Term.GRAD,)
     alphas: Sequence[float] = (1.0,)
     lr_log10: float = -3.0
     beta1: float = 0.9
@@ -180,7 +245,7 @@ class Genome(Document):
 def _normalised(field: dataclasses.Field, value: Any) -> Any:
     """The value in the one type its field is stored in, or a GenomeError."""
     if field.name == "term_types":
-        return tuple(Term.parse(term) for term in _items(field.name, value))
+        return tuple(find_term(term) for term in _items(field.name, value))
     if field.name == "alphas":
         return tuple(_number("alphas", alpha, VALID_ALPHA) for alpha in _items(field.name, value))
     if field.type == "bool":

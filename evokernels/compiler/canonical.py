@@ -25,7 +25,7 @@ def canonical_key(genome: Genome) -> str:
     # none. Not the program: journals keep these keys, and the compiler may learn to do better.
     # The learning rate goes into the weights; the gradient's factor belongs to the training loop.
     update = linear(terms.lr * update_of(genome))
-    program, formulas = assemble(update, clipping=genome.use_gradient_clipping)
+    program, formulas, averages = assemble(update, clipping=genome.use_gradient_clipping)
     own = {
         role: formula
         for role, formula in zip(program.scalars, formulas, strict=True)
@@ -36,10 +36,12 @@ def canonical_key(genome: Genome) -> str:
     numbers = [f"{number:.12g}" for t in (1, 2, 3) for number in values(**_scalars(genome, t))]
     warmup = genome.warmup_steps if genome.use_warmup and genome.warmup_steps > 1 else 0
     identity = repr((tuple(own), numbers, warmup, genome.use_cosine_decay))
+    if averages:
+        identity += repr(averages)
     return hashlib.sha256(identity.encode()).hexdigest()[:32]
 
 
 def _scalars(genome: Genome, t: int) -> dict[str, float]:
     """Those of a step, with the bias corrections to the digits that the keys in journals have."""
     corrections = {"bias1": 1.0 - genome.beta1**t, "bias2": 1.0 - genome.beta2**t}
-    return {**terms.genome_scalars(genome, t), **corrections}
+    return {**terms.genome_scalars(genome, t, training_steps=4), **corrections}

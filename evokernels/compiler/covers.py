@@ -50,9 +50,9 @@ def _cover(with_m: bool, with_v: bool, with_abs: bool) -> Cover:
         update = update + linear_terms / (sqrt(terms.v) + terms.eps)
     if with_abs:
         update = update + linear_terms / (abs(terms.g) + terms.eps)
-    program, plain = assemble(linear(update), clipping=True)
+    program, plain, _ = assemble(linear(update), clipping=True)
     corrected = substitute(update, {terms.m: terms.CORRECTED_M, terms.v: terms.CORRECTED_V})
-    same_program, others = assemble(linear(corrected), clipping=True)
+    same_program, others, _ = assemble(linear(corrected), clipping=True)
     assert same_program == program, "bias correction only changes numbers"
     absent = {str(-terms.clip): -math.inf, str(terms.clip): math.inf}
     for line in program.lines:

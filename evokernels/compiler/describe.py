@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from evokernels.compiler import terms
-from evokernels.compiler.expr import Constant, Symbol, substitute
+from evokernels.compiler.expr import Average, Constant, Expr, Symbol, substitute
 from evokernels.compiler.linear import linear, linear_expr
 from evokernels.compiler.lower import lower, weighted_terms
+from evokernels.compiler.program import AVERAGES
 from evokernels.genome import Genome
 
 __all__ = ["formula"]
@@ -21,7 +22,7 @@ def formula(genome: Genome) -> str:
     lines = [_schedule(genome)]
     if genome.use_gradient_clipping:
         lines.append(f"g ← {linear_expr(linear(substitute(terms.CLIPPED_GRADIENT, numbers)))}")
-    corrected = {}
+    corrected: dict[Symbol, Expr] = {}
     for moment, update, beta in (
         (terms.m, terms.FIRST_MOMENT, genome.beta1),
         (terms.v, terms.SECOND_MOMENT, genome.beta2),
@@ -31,7 +32,17 @@ def formula(genome: Genome) -> str:
             if genome.use_bias_correction:
                 corrected[moment] = Symbol(f"{moment}^", per_element=True)
                 lines.append(f"{moment}^ = {moment} / (1 - {beta:.6g}^t)")
-    update = linear(substitute(weighted_terms(genome, corrected), numbers))
+    averages: dict[Average, Symbol] = {}
+    for operand, average in zip(AVERAGES, rule.averages, strict=False):
+        averages[average] = seen = Symbol(operand, per_element=True)
+        new = terms.averaged(average.beta, seen, average.value)
+        lines.append(f"{seen} ← {linear_expr(linear(substitute(new, numbers)))}")
+        if genome.use_bias_correction:
+            averages[average] = corrected_average = Symbol(f"{seen}^", per_element=True)
+            beta = substitute(average.beta, numbers)
+            lines.append(f"{corrected_average} = {seen} / (1 - {beta}^t)")
+    update = linear(substitute(linear_expr(linear(weighted_terms(genome, corrected))), averages))
+    update = linear(substitute(linear_expr(update), numbers))
     lines.append(f"p ← p - lr * ({linear_expr(update)})")
     return "\n".join(lines)
 

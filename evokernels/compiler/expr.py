@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
+
+import numpy as np
 
 from evokernels.compiler.ops import OPS
 
 __all__ = [
     "ON_ARRAYS",
+    "Average",
     "Call",
+    "Condition",
     "Constant",
     "Expr",
     "Line",
     "Symbol",
     "assignments",
+    "averages_of",
     "clamp",
     "compiled",
     "cospi",
+    "exp",
     "expm1",
+    "log1p",
     "minimum",
     "sign",
     "sqrt",
     "substitute",
     "symbols_of",
+    "tanh",
+    "where",
 ]
 
 
@@ -64,6 +74,17 @@ class Expr:
 
     def __abs__(self) -> Expr:
         return Call("abs", (self,))
+
+    def __pow__(self, exponent: int) -> Expr:
+        if not isinstance(exponent, int) or exponent < 1:
+            raise TypeError(f"powers are whole numbers from 1, got {exponent!r}; there is sqrt")
+        return functools.reduce(operator.mul, [self] * exponent)
+
+    def __gt__(self, other: Expr | float) -> Condition:
+        return Condition(self, _expr(other))
+
+    def __lt__(self, other: Expr | float) -> Condition:
+        return Condition(_expr(other), self)
 
 
 @dataclass(frozen=True)
@@ -105,6 +126,8 @@ class Call(Expr):
 
     def __str__(self) -> str:
         """Infix text with only the brackets that it needs."""
+        if self.op == "add" and (taken := _negated(self.args[1])):
+            return str(self.args[0] - taken)
         binds = OPS[self.op].binds
         texts = [str(arg) for arg in self.args]
         if binds < 9:  # infix; the right operand of - and / needs brackets at equal strength too
@@ -115,9 +138,63 @@ class Call(Expr):
         return OPS[self.op].text.format(*texts)
 
 
+@dataclass(frozen=True)
+class Average(Expr):
+    """A moment of its own: the exponential moving average of a value over the steps.
+
+    Args:
+        value: of each element in each step.
+        beta: the weight of what was averaged before.
+    """
+
+    value: Expr
+    beta: Expr
+
+    per_element: ClassVar[bool] = True
+
+    def __str__(self) -> str:
+        return f"average({self.value}, {self.beta})"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Whether one value is above another, for `where`."""
+
+    above: Expr
+    below: Expr
+
+    def __bool__(self) -> bool:
+        raise TypeError(
+            "a comparison differs from element to element: give it to where(), "
+            "which also stands for if, and, or and chains of comparisons"
+        )
+
+
 def sqrt(x: Expr) -> Expr:
     """Square root."""
     return Call("sqrt", (x,))
+
+
+def exp(x: Expr) -> Expr:
+    """e to the power of x."""
+    return Call("exp", (x,))
+
+
+def log1p(x: Expr) -> Expr:
+    """The natural logarithm of 1 + x."""
+    return Call("log1p", (x,))
+
+
+def tanh(x: Expr) -> Expr:
+    """The hyperbolic tangent."""
+    return Call("tanh", (x,))
+
+
+def where(condition: Condition, then: Expr | float, otherwise: Expr | float) -> Expr:
+    """One value where the condition holds, another one elsewhere; NaN where it compares a NaN."""
+    if not isinstance(condition, Condition):
+        raise TypeError(f"where takes a comparison such as g > 0, got {condition!r}")
+    return Call("where", (condition.above, condition.below, _expr(then), _expr(otherwise)))
 
 
 def sign(x: Expr) -> Expr:
@@ -145,20 +222,34 @@ def clamp(x: Expr, low: Expr, high: Expr) -> Expr:
     return Call("min", (high, Call("max", (low, x))))
 
 
-def substitute(expr: Expr, values: Mapping[Symbol, Expr]) -> Expr:
-    """The expression with symbols replaced."""
-    if isinstance(expr, Symbol):
-        return values.get(expr, expr)
+def substitute(expr: Expr, values: Mapping[Expr, Expr]) -> Expr:
+    """The expression with symbols, and averages as a whole, replaced."""
     if isinstance(expr, Call):
         return Call(expr.op, tuple(substitute(arg, values) for arg in expr.args))
-    return expr
+    if isinstance(expr, Average) and expr not in values:
+        return Average(substitute(expr.value, values), substitute(expr.beta, values))
+    return values.get(expr, expr)
 
 
-# What operations mean on NumPy arrays, and on Python's own floats: ten times faster there.
+def _on_a_float(meaning: Callable) -> Callable[..., float]:
+    """An operation without NumPy's warnings."""
+
+    def quietly(*args: float) -> float:
+        with np.errstate(all="ignore"):
+            return float(meaning(*args))
+
+    return quietly
+
+
+# What operations mean on NumPy arrays, and on Python's own floats, where those of a schedule are
+# ten times faster.
 ON_ARRAYS = {name: op.meaning for name, op in OPS.items()}
 _ON_FLOATS = {
     **ON_ARRAYS,
-    "sqrt": math.sqrt,
+    **{name: _on_a_float(OPS[name].meaning) for name in ("exp", "log1p", "tanh", "where")},
+    "div": "{0} / {1} if {1} else divided_by_zero({0}, {1})",  # where Python raises an error
+    "divided_by_zero": _on_a_float(np.divide),
+    "sqrt": lambda x: math.sqrt(x) if x >= 0 else math.nan,
     "expm1": math.expm1,
     "cospi": lambda x: math.cos(math.pi * x),
     "min": "{0} if {0} < {1} else {1}",
@@ -224,8 +315,17 @@ def assignments(exprs: Sequence[Expr]) -> tuple[list[Line], list[str]]:
 def symbols_of(expr: Expr) -> set[Symbol]:
     """The symbols that an expression reads."""
     if isinstance(expr, Call):
-        return set().union(*(symbols_of(arg) for arg in expr.args))
+        return set().union(*map(symbols_of, expr.args))
+    if isinstance(expr, Average):
+        return symbols_of(expr.value) | symbols_of(expr.beta)
     return {expr} if isinstance(expr, Symbol) else set()
+
+
+def averages_of(expr: Expr) -> dict[Average, None]:
+    """The averages that an expression reads, in the order in which it does."""
+    if isinstance(expr, Call):
+        return {average: None for arg in expr.args for average in averages_of(arg)}
+    return {expr: None} if isinstance(expr, Average) else {}
 
 
 def _python(line: Line, meanings: Mapping[str, Callable | str]) -> str:
@@ -235,6 +335,12 @@ def _python(line: Line, meanings: Mapping[str, Callable | str]) -> str:
     if meaning.__module__ == operator.add.__module__:
         return OPS[line.op].text.format(*line.args)
     return f"{line.op}({', '.join(line.args)})"
+
+
+def _negated(expr: Expr) -> Expr | None:
+    """What is multiplied with -1, None if nothing is."""
+    minus = isinstance(expr, Call) and expr.op == "mul" and expr.args[0] == Constant(-1.0)
+    return expr.args[1] if minus else None
 
 
 def _expr(value: Expr | float) -> Expr:

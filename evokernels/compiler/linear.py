@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable
 from itertools import product
 
-from evokernels.compiler.expr import Call, Constant, Expr, Symbol, sqrt
+from evokernels.compiler.expr import Average, Call, Constant, Expr, Symbol, sqrt
 
 __all__ = ["ONE", "Coefficient", "Linear", "coefficient_expr", "linear", "linear_expr"]
 
@@ -29,6 +29,9 @@ def linear(expr: Expr) -> Linear:
         return _nonzero({ONE: {(): expr.value}})
     if isinstance(expr, Symbol):
         return {expr: {(): 1.0}} if expr.per_element else {ONE: {(expr,): 1.0}}
+    if isinstance(expr, Average):
+        value = linear(expr.value)
+        return {Average(linear_expr(value), expr.beta): {(): 1.0}} if value else {}
     forms = [linear(arg) for arg in expr.args]
     if expr.op == "add":
         return _sum(*forms)

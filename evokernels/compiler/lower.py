@@ -6,33 +6,49 @@ The passes, in order:
 2. substitute corrected moments, and what stands in for unused ones;
 3. bring the sum into linear form: equal terms merge, bias correction folds into scalars, quotients
    over equal denominators can be collected, terms whose weights cancel disappear;
-4. assemble single assignments; moments that nothing reads are dropped.
+4. name the averages that are left: from here on they are moments like the others;
+5. assemble single assignments; moments that nothing reads are dropped.
 """
 
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from evokernels.compiler import schedule, terms
 from evokernels.compiler.expr import (
+    Average,
     Call,
     Constant,
     Expr,
     Line,
     Symbol,
+    averages_of,
     compiled,
     substitute,
     symbols_of,
 )
-from evokernels.compiler.linear import ONE, Linear, coefficient_expr, linear
-from evokernels.compiler.program import Program
+from evokernels.compiler.linear import ONE, Linear, coefficient_expr, linear, linear_expr
+from evokernels.compiler.program import AVERAGES, Program
 from evokernels.genome import Genome
 
-__all__ = ["RATE", "Rule", "assemble", "lower", "update_of", "weighted_terms"]
+__all__ = [
+    "MOMENT_NAMES",
+    "RATE",
+    "Rule",
+    "assemble",
+    "kept_average",
+    "lower",
+    "update_of",
+    "weighted_terms",
+]
 
 RATE = -terms.lr
+
+# torch's own names of the moments, so that Adam's state can be read
+MOMENT_NAMES = {"m": "exp_avg", "v": "exp_avg_sq"}
 
 
 @dataclass(frozen=True)
@@ -43,12 +59,26 @@ class Rule:
         program: the structure; genomes that differ in numbers only share it.
         formulas: the scalar formula of each of ``program.scalars``, over ``lr``,
             ``weight_decay``, ``beta1``, ``beta2``, ``bias1``, ``bias2``, ``eps``, ``clip``,
-            ``gradient_factor``.
+            ``progress``, ``t``, ``gradient_factor``.
+        averages: what the operands "a0", "a1", … of the program's state are.
     """
 
     genome: Genome
     program: Program
     formulas: tuple[Expr, ...]
+    averages: tuple[Average, ...] = ()
+
+    @property
+    def state_names(self) -> dict[str, str]:
+        """What the program's state is called where it outlives the program, by operand."""
+        averages = zip(AVERAGES, map(str, self.averages), strict=False)
+        named = {**MOMENT_NAMES, **dict(averages)}
+        return {operand: named[operand] for operand in self.program.state}
+
+    @functools.cached_property
+    def reads_progress(self) -> bool:
+        """Whether it needs to know how long the training is."""
+        return any(terms.progress in symbols_of(formula) for formula in self.formulas)
 
     @functools.cached_property
     def numbers(self) -> Callable[..., list[float]]:
@@ -72,39 +102,69 @@ def lower(genome: Genome) -> Rule:
 
 def update_of(genome: Genome) -> Expr:
     """What the learning rate multiplies, in each step."""
+    if not genome.use_bias_correction:
+        return weighted_terms(genome)
     corrected = {terms.m: terms.CORRECTED_M, terms.v: terms.CORRECTED_V}
-    return weighted_terms(genome, corrected if genome.use_bias_correction else {})
+    return weighted_terms(genome, corrected, lambda a: a / terms.bias_of(a.beta))
 
 
-def weighted_terms(genome: Genome, moments: Mapping[Symbol, Expr]) -> Expr:
+def weighted_terms(
+    genome: Genome,
+    moments: Mapping[Symbol, Expr] = types.MappingProxyType({}),
+    average: Callable[[Average], Expr] = lambda average: average,
+) -> Expr:
     """Passes 1 and 2: what the learning rate multiplies.
 
     Args:
         moments: what terms see in place of ``m`` and ``v`` where the genome uses them.
+        average: what they see in place of an average.
     """
-    seen = dict(moments)
-    if not genome.use_m:
-        seen[terms.m] = terms.UNUSED_M
-    if not genome.use_v:
-        seen[terms.v] = terms.UNUSED_V
     total: Expr = terms.DECAY
     for term, alpha in zip(genome.term_types, genome.alphas, strict=True):
-        total = total + alpha * terms.CATALOGUE[term]
-    return substitute(total, seen)
+        total = total + alpha * terms.formula_of(term)
+    averages = {each: average(kept_average(genome, each)) for each in averages_of(total)}
+    return substitute(total, {**moments, **_moments_within(genome), **averages})
 
 
-def assemble(update: Linear, *, clipping: bool) -> tuple[Program, tuple[Expr, ...]]:
-    """Pass 4: the program that applies an update, and the formulas of its scalars."""
+def kept_average(genome: Genome, average: Average) -> Average:
+    """What a genome keeps as an average of one of its terms."""
+    return substitute(average, _moments_within(genome))
+
+
+def _moments_within(genome: Genome) -> dict[Symbol, Expr]:
+    """What averages see in place of moments: the moments themselves, if the genome uses them."""
+    seen: dict[Symbol, Expr] = {terms.m_hat: terms.CORRECTED_M, terms.v_hat: terms.CORRECTED_V}
+    if not genome.use_m:
+        seen.update(dict.fromkeys((terms.m, terms.m_hat, terms.m_before), terms.UNUSED_M))
+    if not genome.use_v:
+        seen.update(dict.fromkeys((terms.v, terms.v_hat), terms.UNUSED_V))
+    return seen
+
+
+def assemble(
+    update: Linear, *, clipping: bool
+) -> tuple[Program, tuple[Expr, ...], tuple[Average, ...]]:
+    """Passes 4 and 5: the program that applies an update, the formulas of its scalars, and its
+    averages."""
+    update, averages = _with_named_averages(update)
     assembler = _Assembler()
     assembler.values[terms.g] = assembler.value(terms.SCALED_GRADIENT)
     if clipping:
         assembler.values[terms.g] = assembler.value(terms.CLIPPED_GRADIENT)
-    read = {symbol for atom in update for symbol in symbols_of(atom)}
+    assembler.values[terms.m_before] = terms.m.name  # what comes in
+    read = set().union(*map(symbols_of, (*update, *averages.values())))
+    if terms.m_before in read:
+        read.add(terms.m)
     state = []
     for moment, formula in ((terms.m, terms.FIRST_MOMENT), (terms.v, terms.SECOND_MOMENT)):
         if moment in read:
             assembler.values[moment] = assembler.value(formula)
             state.append(moment.name)
+    # all from what the others were before this step's averages: none reads another
+    for symbol, average in averages.items():
+        assembler.values[_VALUE] = assembler.operand(average.value, symbol.name)
+        assembler.values[symbol] = assembler.value(terms.averaged(average.beta, symbol, _VALUE))
+        state.append(symbol.name)
     total = assembler.total(update)
     # rounded once; and a learning rate apart from the weights leaves both as exact as they came
     rate = assembler.scalar(str(RATE), RATE)
@@ -113,7 +173,24 @@ def assemble(update: Linear, *, clipping: bool) -> tuple[Program, tuple[Expr, ..
         *((name, assembler.values[Symbol(name, per_element=True)]) for name in state),
     )
     program = Program(tuple(state), tuple(assembler.scalars), tuple(assembler.lines), results)
-    return program.verify(), tuple(assembler.scalars.values())
+    return program.verify(), tuple(assembler.scalars.values()), tuple(averages.values())
+
+
+# What is being averaged.
+_VALUE = Symbol("value", per_element=True)
+
+
+def _with_named_averages(update: Linear) -> tuple[Linear, dict[Symbol, Average]]:
+    """An update with symbols in the place of averages, and what they stand for."""
+    found = {average for atom in update for average in averages_of(atom)}
+    if not found:
+        return update, {}
+    averages = {
+        Symbol(operand, per_element=True): average
+        for operand, average in zip(AVERAGES, sorted(found, key=str), strict=False)
+    }
+    symbols = {average: symbol for symbol, average in averages.items()}
+    return linear(substitute(linear_expr(update), symbols)), averages
 
 
 class _Assembler:
@@ -192,7 +269,9 @@ class _Assembler:
     ) -> str:
         """A sum of atoms, each times its number, and of `total` if there is one."""
         weights = dict(weights)
-        total = weights.pop(ONE, total)
+        one = weights.pop(ONE, None)
+        if one is not None:
+            total = self.line("add", total, one) if total else one
         for atom, weight in weights.items():
             value = self.atom(atom)
             total = self.line(fma, weight, value, total) if total else self.line(mul, weight, value)
@@ -207,6 +286,8 @@ class _Assembler:
     def operand(self, expr: Expr, role: str) -> str:
         """An operand of an atom: another atom as it is, or a weighted sum."""
         form = linear(expr)
+        if not form:
+            return self.scalar("0", Constant(0.0))
         if list(form.values()) == [{(): 1.0}] and ONE not in form:
             return self.atom(next(iter(form)))
         return self.weighted_sum(self.weights(form, f" in {role}"))

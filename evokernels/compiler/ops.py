@@ -66,7 +66,7 @@ OPS = {
     "exp": Op(1, np.exp, "exp{f}({0})", "exponential({0})", "exp({0})"),
     "log1p": Op(1, np.log1p, "log1p{f}({0})", "log1p({0})", "log1p({0})"),
     "tanh": Op(1, np.tanh, "tanh{f}({0})", "tanh({0})", "tanh({0})"),
-    # {2} where {0} is above {1}, else {3}; NaN where they cannot be compared: a choice would hide it
+    # {2} where {0} is above {1}, else {3}; where they cannot be compared NaN, which stays in sight
     "where": Op(
         4,
         lambda a, b, x, y: np.where(a > b, x, np.where(a <= b, y, np.nan)),

@@ -10,7 +10,10 @@ from typing import Any
 from evokernels.compiler.expr import Line
 from evokernels.compiler.ops import OPS
 
-__all__ = ["Program", "interpret"]
+__all__ = ["AVERAGES", "Program", "interpret"]
+
+# The operands of the averages that terms keep: as many as a kernel has room for.
+AVERAGES = ("a0", "a1", "a2", "a3")
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Program:
     """One element's update. Equal programs are the same kernel.
 
     Attributes:
-        state: the moments it reads and writes, of "m" and "v".
+        state: the moments it reads and writes, of "m", "v" and then `AVERAGES`.
         scalars: what each run-time number stands for; number ``i`` is the operand ``k{i}``.
         lines: the assignments in order, over the inputs "p", "g" and the state.
         results: which value becomes the new parameter and which the new state.

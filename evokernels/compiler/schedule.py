@@ -9,16 +9,19 @@ from evokernels.compiler.expr import Symbol, compiled, cospi, minimum
 
 __all__ = [
     "FACTOR",
+    "PROGRESS",
     "Scheduled",
     "learning_rate_factor",
     "schedule_lengths",
     "t",
     "total_steps",
+    "training_steps",
     "warmup_steps",
 ]
 
-t, warmup_steps, total_steps = (
-    Symbol(name, per_element=False) for name in ("t", "warmup_steps", "total_steps")
+t, warmup_steps, total_steps, training_steps = (
+    Symbol(name, per_element=False)
+    for name in ("t", "warmup_steps", "total_steps", "training_steps")
 )
 
 # In step t, from 1. Linear warmup reaches the full rate at t = warmup_steps; half a cosine falls
@@ -28,6 +31,10 @@ FACTOR = minimum(1.0, t / warmup_steps) * (
 )
 
 _factor = compiled(FACTOR)
+
+# How far the training is, up to 1. Its length is infinite where no term asks: the length of the
+# cosine stands for its flag.
+PROGRESS = minimum(t, training_steps) / training_steps
 
 
 class Scheduled(Protocol):

@@ -8,16 +8,33 @@ import math
 from collections.abc import Mapping
 
 from evokernels.compiler import schedule
-from evokernels.compiler.expr import Expr, Symbol, clamp, compiled, expm1, minimum, sign, sqrt
-from evokernels.genome import Genome, Term
+from evokernels.compiler.expr import (
+    Average,
+    Constant,
+    Expr,
+    Symbol,
+    clamp,
+    compiled,
+    expm1,
+    minimum,
+    sign,
+    sqrt,
+    tanh,
+    where,
+)
+from evokernels.genome import Genome, OwnTerm, Term
 
 g, m, v, p = (Symbol(name, per_element=True) for name in "gmvp")
+# for terms alone: the moments corrected whatever the flag says, and the first one before this step
+m_hat, v_hat, m_before = (Symbol(name, per_element=True) for name in ("m_hat", "v_hat", "m_before"))
 
 # one value a step: what they are is in `scalar_values`; lr is the scheduled learning rate
 lr, weight_decay, beta1, beta2, bias1, bias2, eps, clip = (
     Symbol(name, per_element=False)
     for name in ("lr", "weight_decay", "beta1", "beta2", "bias1", "bias2", "eps", "clip")
 )
+# how far the training is, for terms that ask
+progress = Symbol("progress", per_element=False)
 # no part of the rule: what the training loop does to all gradients of a step
 gradient_factor = Symbol("gradient_factor", per_element=False)
 
@@ -45,6 +62,7 @@ DERIVED: Mapping[Symbol, Expr] = {
     lr: base_lr * schedule.FACTOR,
     bias1: BIAS1,
     bias2: BIAS2,
+    progress: schedule.PROGRESS,
     gradient_factor: GRADIENT_FACTOR,
 }
 
@@ -53,11 +71,24 @@ SCALED_GRADIENT = gradient_factor * g
 
 CLIPPED_GRADIENT = clamp(g, -clip, clip)
 
-# Kingma & Ba 2015, Algorithm 1
-FIRST_MOMENT = beta1 * m + (1 - beta1) * g
+
+def averaged(beta: Expr, before: Expr, value: Expr) -> Expr:
+    """An exponential moving average after one more value (Kingma & Ba 2015, Algorithm 1)."""
+    return beta * before + (1 - beta) * value
+
+
+FIRST_MOMENT = averaged(beta1, m, g)
 SECOND_MOMENT = beta2 * v + (1 - beta2) * g * g
 CORRECTED_M = m / bias1
 CORRECTED_V = v / bias2
+
+
+def bias_of(beta: Expr) -> Expr:
+    """What an average with this beta is divided by to correct its bias."""
+    if isinstance(beta, Constant):
+        return -expm1(schedule.t * math.log(beta.value))
+    return {beta1: bias1, beta2: bias2}[beta]
+
 
 # Loshchilov & Hutter 2019, Algorithm 2: decay apart from the gradient. p - lr * (wd * p) and not
 # p * (1 - lr * wd): in float32 1 - 1e-7 is off by a fifth of the decay.
@@ -68,11 +99,12 @@ DECAY = weight_decay * p
 STEP_INPUTS = (grad_scale, max_norm, squares)
 GROUP_INPUTS = (
     *(base_lr, weight_decay, beta1, beta2, log_beta1, log_beta2, eps, clip, direction),
-    *(schedule.warmup_steps, schedule.total_steps),
+    *(schedule.warmup_steps, schedule.total_steps, schedule.training_steps),
 )
 
-# What a term sees as m and v is the corrected moment, or what stands in for an unused one.
-CATALOGUE = {
+# What a term sees as m and v is the corrected moment, or what stands in for an unused one. Within
+# an average it is the moment itself.
+CATALOGUE: dict[Term, Expr] = {
     Term.GRAD: g,
     Term.MOMENTUM: m,
     Term.RMS_NORM: g / (sqrt(v) + eps),
@@ -80,9 +112,26 @@ CATALOGUE = {
     Term.SIGN_GRAD: sign(g),
     Term.SQRT_GRAD: g / (abs(g) + eps),
     Term.NESTEROV: m + 0.9 * (g - m),
+    # the wide catalogue
+    Term.SIGN_MOMENTUM: sign(m),
+    # Chen et al. 2023, Algorithm 2, whose beta2 is beta1 here, and whose beta1 is 0.9
+    Term.LION: sign(0.9 * m_before + 0.1 * g),
+    # Liang et al. 2024, Algorithm 1, without the factor that makes up for what is masked: that
+    # would be another pass over the tensor
+    Term.CAUTIOUS_MOMENTUM: where(g * sign(m) > 0, m, 0.0),
+    Term.CAUTIOUS_ADAM: where(g * sign(m) > 0, m, 0.0) / (sqrt(v) + eps),
+    # Zhuang et al. 2020, Algorithm 2
+    Term.BELIEF: m / (sqrt(Average((g - m) ** 2, beta2)) + eps),
+    Term.TANH_GRAD: tanh(g),
+    Term.RMS_ABS: g / (abs(m) + eps),
 }
 UNUSED_M = g
 UNUSED_V = g * g
+
+
+def formula_of(term: Term | OwnTerm) -> Expr:
+    """What a term adds to the update, times its weight."""
+    return term.formula if isinstance(term, OwnTerm) else CATALOGUE[term]
 
 
 def scalar_values(
@@ -95,8 +144,9 @@ def scalar_values(
     clip: float,
     t: int,
     gradient_factor: float = 1.0,
+    training_steps: float = math.inf,
 ) -> dict[str, float]:
-    """The values of the scalar symbols, by name, in step `t` (from 1)."""
+    """The values of the scalar symbols, by name, in step `t` (from 1) of `training_steps`."""
     corrections = _corrections(t=t, log_beta1=log_of(beta1), log_beta2=log_of(beta2))
     return {
         "lr": lr,
@@ -107,11 +157,14 @@ def scalar_values(
         "bias2": corrections[1],
         "eps": eps,
         "clip": clip,
+        "progress": _progress(t=float(t), training_steps=training_steps)[0],
+        "t": t,
         "gradient_factor": gradient_factor,
     }
 
 
 _corrections = compiled(BIAS1, BIAS2)
+_progress = compiled(schedule.PROGRESS)
 
 
 def log_of(beta: float) -> float:
@@ -119,8 +172,10 @@ def log_of(beta: float) -> float:
     return math.log(beta) if beta else -math.inf
 
 
-def genome_scalars(genome: Genome, t: int, lr_factor: float = 1.0) -> dict[str, float]:
-    """The same for a genome, with `lr_factor` of its learning rate."""
+def genome_scalars(
+    genome: Genome, t: int, lr_factor: float = 1.0, training_steps: float = math.inf
+) -> dict[str, float]:
+    """`scalar_values` of a genome, with `lr_factor` of its learning rate."""
     return scalar_values(
         lr=genome.lr * lr_factor,
         weight_decay=genome.weight_decay,
@@ -129,4 +184,5 @@ def genome_scalars(genome: Genome, t: int, lr_factor: float = 1.0) -> dict[str, 
         eps=genome.eps,
         clip=genome.clip_value,
         t=t,
+        training_steps=training_steps,
     )

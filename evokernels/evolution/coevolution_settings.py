@@ -14,7 +14,12 @@ from evokernels.evolution.settings import TrainingSettings, at_least
 from evokernels.genome import Genome
 from evokernels.search.bounded import BoundedSpace
 from evokernels.search.coevolution import Coevolution, CoevolutionConfig
-from evokernels.search.spaces import ArchitectureSpace, FixedSpace, OptimizerSpace
+from evokernels.search.spaces import (
+    ArchitectureSpace,
+    FixedSpace,
+    OptimizerSpace,
+    catalogue_terms,
+)
 from evokernels.tasks import cost_of, own_cost
 
 __all__ = ["CONTENDERS", "CoevolutionSettings"]
@@ -33,6 +38,7 @@ class CoevolutionSettings(TrainingSettings):
     Args:
         search: of the co-evolution: first architectures, second optimizers.
         max_terms: terms that a genome may have.
+        catalogue, own_terms: what new ones are made of (`evokernels.search.spaces`).
         recipes: names from `evokernels.zoo`; the optimizers are these and no others. Without any
             they are genomes that evolve.
         max_length: components that an architecture may have.
@@ -54,6 +60,8 @@ class CoevolutionSettings(TrainingSettings):
 
     search: CoevolutionConfig
     max_terms: int = 4
+    catalogue: str = "classic"
+    own_terms: tuple[str, ...] = ()
     recipes: tuple[str, ...] = ()
     max_length: int = 16
     max_parameters: int = 0
@@ -63,6 +71,7 @@ class CoevolutionSettings(TrainingSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("max_terms", self.max_terms, 1)
+        catalogue_terms(self.catalogue, self.own_terms)
         for recipe in self.recipes:
             if recipe not in zoo.GENOMES:
                 known = ", ".join(zoo.GENOMES)
@@ -113,7 +122,7 @@ class CoevolutionSettings(TrainingSettings):
             BoundedSpace(architectures, self._affordable),
             FixedSpace([zoo.GENOMES[name] for name in self.recipes])
             if self.recipes
-            else OptimizerSpace(self.max_terms),
+            else OptimizerSpace(self.max_terms, catalogue_terms(self.catalogue, self.own_terms)),
         )
 
     def _affordable(self, architecture: Architecture) -> bool:

@@ -38,7 +38,7 @@ UNFINISHED = "journal.sqlite.new"
 SYNCHRONOUS = "FULL"  # a row survives the machine, too; beside seconds of training: free
 
 # What runs did that were recorded before these settings existed.
-BEFORE = {"refine": 0}
+BEFORE = {"refine": 0, "catalogue": "classic", "own_terms": []}
 
 APPLICATION_ID = int.from_bytes(b"EVOK", "big")
 COLUMNS = (

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from evokernels.compiler.lower import lower
 from evokernels.errors import OptimizerError
 from evokernels.genome import Genome
 from evokernels.kernels.device import capturing
@@ -59,6 +60,11 @@ def check_group(group: dict[str, Any]) -> None:
         raise OptimizerError(
             "this genome decays its learning rate by cosine over the whole training; "
             "say how long that is: FusedEvolvedOptimizer(params, genome, total_steps=...)"
+        )
+    if total_steps is None and lower(genome).reads_progress:
+        raise OptimizerError(
+            "a term of this genome reads how far the training is; say how long that is: "
+            "FusedEvolvedOptimizer(params, genome, total_steps=...)"
         )
     if total_steps is not None and not (_is_whole(total_steps) and total_steps > 0):
         raise OptimizerError(f"total_steps must be a positive whole number, got {total_steps!r}")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.optim import optimizer as torch_optimizer
 
-from evokernels.compiler.lower import Rule, lower
+from evokernels.compiler.lower import MOMENT_NAMES, Rule, lower
 from evokernels.genome import Genome
 from evokernels.kernels.device import Scaling
 from evokernels.kernels.plan import ARITHMETIC, Backend, BoundTensor, Rounding
@@ -35,9 +35,6 @@ from evokernels.optim.parts import Member
 from evokernels.optim.sharding import local, shard_number
 
 __all__ = ["FusedEvolvedOptimizer"]
-
-# Names of the moments in `state`: torch's own, so that Adam's state can be read.
-_STATE_NAMES = {"m": "exp_avg", "v": "exp_avg_sq"}
 
 # Between the seeds of the shards of a tensor: 2^64 over the golden ratio, which keeps them off the
 # small numbers that people choose.
@@ -257,7 +254,7 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
                 )
                 backend = _select(rule, parameter, self._backend)
                 members.append(Member(parameter, group, rule, backend, bound))
-                named = {_STATE_NAMES[name]: moment for name, moment in moments.items()}
+                named = {rule.state_names[name]: moment for name, moment in moments.items()}
                 states.append((float(state.get("step", 0.0)), named))
         check_apart([member.parameter for member in members])
         check_counts(count for count, _ in states)
@@ -306,15 +303,15 @@ def _prepare_to_load(
             group["genome"] = Genome.from_dict(group["genome"])
         check_group(group)
         groups.append(group)
+        # also those that another rule has kept
+        names = {*MOMENT_NAMES.values(), *lower(group["genome"]).state_names.values()}
         for parameter, i in zip(ours["params"], theirs["params"], strict=False):
-            moments = {n: state[i][n] for n in _STATE_NAMES.values() if n in state.get(i, {})}
-            for name, moment in moments.items():
-                check_moment(name, moment, parameter)
-            steps = {
-                n: t for n, t in state.get(i, {}).items() if n == "step" and torch.is_tensor(t)
-            }
-            if moments or steps:
-                uncast = {name: _Uncast(tensor) for name, tensor in {**moments, **steps}.items()}
+            kept = {n: t for n, t in state.get(i, {}).items() if n in names or n == "step"}
+            for name, moment in kept.items():
+                if name != "step":
+                    check_moment(name, moment, parameter)
+            uncast = {n: _Uncast(tensor) for n, tensor in kept.items() if torch.is_tensor(tensor)}
+            if uncast:
                 state[i] = {**state[i], **uncast}
     groups += state_dict["param_groups"][len(groups) :]  # too many: torch's error says so
     return {**state_dict, "state": state, "param_groups": groups}
@@ -325,8 +322,7 @@ def _moments(
 ) -> dict[str, torch.Tensor]:
     """The moments that a rule keeps of a parameter, zero where there are none yet."""
     moments = {}
-    for moment in rule.program.state:
-        name = _STATE_NAMES[moment]
+    for moment, name in rule.state_names.items():
         if name in state:
             check_moment(name, state[name], parameter)
             moments[moment] = state[name].to(parameter.device, dtype)

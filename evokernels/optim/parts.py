@@ -43,6 +43,7 @@ class Member:
             genome.clip_value if genome.use_gradient_clipping else 1.0,
             -1.0 if self.group["maximize"] else 1.0,
             *schedule_lengths(genome, self.group["total_steps"]).values(),
+            float(self.group["total_steps"]) if self.rule.reads_progress else math.inf,
         )
 
     @property

@@ -23,7 +23,7 @@ from typing import Generic, TypeVar
 
 from evokernels.errors import SettingsError
 from evokernels.search.score import Score
-from evokernels.search.spaces import OptimizerSpace, Space
+from evokernels.search.spaces import OptimizerSpace, Space, catalogue_terms
 
 __all__ = ["GeneticConfig", "GeneticSearch", "Scored", "State", "check_bounds", "children", "rank"]
 
@@ -41,6 +41,8 @@ class GeneticConfig:
         tournament: genomes drawn for each parent, of which the best wins; 1 to ``population``.
         max_terms: terms an optimizer may have, at least 1; of no concern to another space.
         seed: names the random streams.
+        catalogue, own_terms: what new optimizers are made of, as `catalogue_terms` has it; of no
+            concern to another space either.
 
     Raises:
         SettingsError: naming the setting, the value given and the values allowed.
@@ -52,8 +54,11 @@ class GeneticConfig:
     tournament: int = 4
     max_terms: int = 4
     seed: int = 42
+    catalogue: str = "classic"
+    own_terms: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        catalogue_terms(self.catalogue, self.own_terms)
         check_bounds(
             self,
             ("population", 2, None),
@@ -94,12 +99,15 @@ class GeneticSearch(Generic[Individual]):
 
     Args:
         config: the settings.
-        space: what to search in; by default optimizers of at most ``config.max_terms`` terms.
+        space: what to search in; by default optimizers.
     """
 
     def __init__(self, config: GeneticConfig, space: Space[Individual] | None = None) -> None:
         self.config = config
-        self.space = OptimizerSpace(config.max_terms) if space is None else space
+        if space is None:
+            terms = catalogue_terms(config.catalogue, config.own_terms)
+            space = OptimizerSpace(config.max_terms, terms)
+        self.space = space
 
     def start(self) -> State[Individual]:
         """The start population, not yet scored."""

@@ -12,7 +12,7 @@ import random
 from collections.abc import Sequence
 
 from evokernels import zoo
-from evokernels.genome import Genome, Term
+from evokernels.genome import CATALOGUES, Genome, OwnTerm, Term
 
 __all__ = [
     "ALPHA",
@@ -81,20 +81,25 @@ FLAGS = {
 
 RATES = Rates(number=0.35, structure=0.15, flag=0.1, sigma=0.3)
 
+Terms = Sequence[Term | OwnTerm]
+CLASSIC: Terms = CATALOGUES["classic"]
+
 KNOWN = (zoo.sgd_momentum, zoo.adam, zoo.adamw, zoo.rmsprop)
 
 
-def start_population(size: int, max_terms: int, rng: random.Random) -> tuple[Genome, ...]:
+def start_population(
+    size: int, max_terms: int, rng: random.Random, terms: Terms = CLASSIC
+) -> tuple[Genome, ...]:
     """The four known optimizers, then random genomes; ``size`` genomes in all."""
-    strangers = (random_genome(rng, max_terms) for _ in range(size - len(KNOWN)))
+    strangers = (random_genome(rng, max_terms, terms) for _ in range(size - len(KNOWN)))
     return (*KNOWN[:size], *strangers)
 
 
-def random_genome(rng: random.Random, max_terms: int) -> Genome:
-    """A genome of one to three terms (at most ``max_terms``), drawn from the start ranges."""
+def random_genome(rng: random.Random, max_terms: int, terms: Terms = CLASSIC) -> Genome:
+    """A genome of one to three ``terms`` (at most ``max_terms``), drawn from the start ranges."""
     count = rng.randint(1, min(START_TERMS, max_terms))
     return Genome(
-        term_types=[rng.choice(list(Term)) for _ in range(count)],
+        term_types=[rng.choice(terms) for _ in range(count)],
         alphas=[rng.uniform(*ALPHA.start) for _ in range(count)],
         warmup_steps=rng.randint(*WARMUP_STEPS),
         **{name: rng.uniform(*gene.start) for name, gene in NUMERIC.items()},
@@ -123,7 +128,9 @@ def crossover(first: Genome, second: Genome, rng: random.Random, max_terms: int)
     )
 
 
-def mutate(genome: Genome, rng: random.Random, rates: Rates, max_terms: int) -> Genome:
+def mutate(
+    genome: Genome, rng: random.Random, rates: Rates, max_terms: int, terms: Terms = CLASSIC
+) -> Genome:
     """A neighbour of ``genome``; each number, the term list and each flag change independently.
 
     A number that mutates is clamped into its limits: no decay at all (``wd_log10 = -inf``)
@@ -138,13 +145,13 @@ def mutate(genome: Genome, rng: random.Random, rates: Rates, max_terms: int) -> 
         if rng.random() < rates.flag:
             changes[name] = not getattr(genome, name)
 
-    terms = [
+    weighted = [
         (term, _mutated_alpha(alpha, rng, rates))
         for term, alpha in zip(genome.term_types, genome.alphas, strict=True)
     ]
     if rng.random() < rates.structure:
-        terms = _restructured(terms, rng, max_terms)
-    term_types, alphas = zip(*terms, strict=True)
+        weighted = _restructured(weighted, rng, max_terms, terms)
+    term_types, alphas = zip(*weighted, strict=True)
     return dataclasses.replace(genome, term_types=term_types, alphas=alphas, **changes)
 
 
@@ -156,16 +163,16 @@ def _mutated_alpha(alpha: float, rng: random.Random, rates: Rates) -> float:
 
 
 def _restructured(
-    terms: list[tuple[Term, float]], rng: random.Random, max_terms: int
-) -> list[tuple[Term, float]]:
+    weighted: list[tuple[Term | OwnTerm, float]], rng: random.Random, max_terms: int, terms: Terms
+) -> list[tuple[Term | OwnTerm, float]]:
     """One term added, removed or changed; nothing where the length forbids the move drawn."""
     move = rng.choice(("add", "remove", "change"))
-    terms = list(terms)
-    if move == "add" and len(terms) < max_terms:
-        terms.append((rng.choice(list(Term)), rng.uniform(*ALPHA.start)))
-    elif move == "remove" and len(terms) > 1:
-        terms.pop(rng.randrange(len(terms)))
+    weighted = list(weighted)
+    if move == "add" and len(weighted) < max_terms:
+        weighted.append((rng.choice(terms), rng.uniform(*ALPHA.start)))
+    elif move == "remove" and len(weighted) > 1:
+        weighted.pop(rng.randrange(len(weighted)))
     elif move == "change":
-        place = rng.randrange(len(terms))
-        terms[place] = (rng.choice(list(Term)), terms[place][1])
-    return terms
+        place = rng.randrange(len(weighted))
+        weighted[place] = (rng.choice(terms), weighted[place][1])
+    return weighted

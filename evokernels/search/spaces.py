@@ -7,12 +7,19 @@ from collections.abc import Hashable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from evokernels.architecture import MAX_LENGTH, Architecture
-from evokernels.errors import SettingsError
-from evokernels.genome import Genome
+from evokernels.errors import GenomeError, SettingsError
+from evokernels.genome import CATALOGUES, Genome, OwnTerm, find_term
 from evokernels.search import architecture_operators, operators
-from evokernels.search.operators import RATES
+from evokernels.search.operators import CLASSIC, RATES, Terms
 
-__all__ = ["ArchitectureSpace", "FixedSpace", "OptimizerSpace", "PairSpace", "Space"]
+__all__ = [
+    "ArchitectureSpace",
+    "FixedSpace",
+    "OptimizerSpace",
+    "PairSpace",
+    "Space",
+    "catalogue_terms",
+]
 
 Individual = TypeVar("Individual", bound=Hashable)
 First = TypeVar("First", bound=Hashable)
@@ -36,21 +43,53 @@ class Space(Protocol[Individual]):
         """A neighbour; ``progress`` through the search goes from 0 to 1, and moves get smaller."""
 
 
+def catalogue_terms(catalogue: str, own_terms: Sequence[str]) -> Terms:
+    """The terms of a catalogue and those of a user's own, each of which is registered.
+
+    Args:
+        catalogue: "classic" or "wide".
+        own_terms: their definitions: name, " = ", formula (`evokernels.terms.definitions`).
+
+    Raises:
+        SettingsError: an unknown catalogue; a term that is not registered, or not so.
+    """
+    if catalogue not in CATALOGUES:
+        raise SettingsError(f"catalogue must be {' or '.join(CATALOGUES)}, got {catalogue!r}")
+    terms = dict.fromkeys(CATALOGUES[catalogue])
+    for definition in own_terms:
+        name, _, formula = definition.partition(" = ")
+        try:
+            term = find_term(name)
+        except GenomeError:
+            raise SettingsError(
+                f"the search has a term of your own, {definition}, which is not registered; "
+                f"register it first (bench/evolve.py --terms FILE)"
+            ) from None
+        if isinstance(term, OwnTerm) and str(term.formula) != formula:
+            raise SettingsError(f"the search has {definition}, but {name} is {term.formula} here")
+        terms[term] = None
+    return tuple(terms)
+
+
 class OptimizerSpace:
     """Genomes of at most ``max_terms`` terms; `evokernels.search.operators` has the operators.
+
+    Args:
+        terms: those that new genomes are made of.
 
     Raises:
         SettingsError: ``max_terms`` is below 1.
     """
 
-    def __init__(self, max_terms: int = 4) -> None:
+    def __init__(self, max_terms: int = 4, terms: Terms = CLASSIC) -> None:
         if max_terms < 1:
             raise SettingsError(f"max_terms must be at least 1, got {max_terms!r}")
         self.max_terms = max_terms
+        self.terms = terms
 
     def start(self, size: int, rng: random.Random) -> tuple[Genome, ...]:
         """The four known optimizers, then random genomes."""
-        return operators.start_population(size, self.max_terms, rng)
+        return operators.start_population(size, self.max_terms, rng, self.terms)
 
     def crossover(self, first: Genome, second: Genome, rng: random.Random) -> Genome:
         """The head of one term list and the tail of the other; the rest from either parent."""
@@ -58,7 +97,8 @@ class OptimizerSpace:
 
     def mutate(self, individual: Genome, rng: random.Random, progress: float) -> Genome:
         """Each number, the term list and each flag change with rates that fall to half."""
-        return operators.mutate(individual, rng, RATES.annealed(progress), self.max_terms)
+        rates = RATES.annealed(progress)
+        return operators.mutate(individual, rng, rates, self.max_terms, self.terms)
 
 
 class ArchitectureSpace:
