@@ -319,6 +319,7 @@ UNFIT = [
     ("X", g > 0, r"X is a comparison, not a number; where\(\)"),
     ("X", "g", "made of what evokernels.terms has, got 'g'"),
     ("X", None, "made of what evokernels.terms has, got None"),
+    ("X", average(math.inf * g, 0.5), "X has a number that is not finite"),
     ("X", True, "made of what evokernels.terms has, got True"),
     ("X", CATALOGUE[Term.GRAD].__class__("h", True) * g, "X reads h; a term may read beta1, "),
 ]
