@@ -51,6 +51,7 @@ STORED = (
     ("bfloat16", "bfloat16"),
 )
 
+
 def render_function(program: Program, dtype: str, state: str, name: str) -> str:
     """The C function of a program for parameters and gradients of one dtype, moments of another."""
     real = DTYPES[dtype].real
