@@ -93,9 +93,7 @@ def _records(words: int) -> str:
 
 
 def _struct(name: str, fields: Mapping[str, str]) -> str:
-    members = [
-        f"{_TYPES[type_]} {_ARRAYS.get(field, field)}" for field, type_ in fields.items()
-    ]
+    members = [f"{_TYPES[type_]} {_ARRAYS.get(field, field)}" for field, type_ in fields.items()]
     counted = ((member, len(list(same))) for member, same in itertools.groupby(members))
     lines = (f"{member}{f'[{count}]' if count > 1 else ''};" for member, count in counted)
     return f"struct {name} {{\n{indented(1, lines)}}};\n"
