@@ -10,6 +10,7 @@
 #define EVK_DEVICE_CUH
 
 #include "numeric.h"
+#include "functions.h"
 #include "philox.h"
 
 #ifdef __CUDACC_RTC__

@@ -149,7 +149,8 @@ def log1p(x):
 
 @triton.jit
 def tanh(x):
-    """A polynomial near 0, or else by way of e^2x; wrong by less than two units in the last place."""
+    """A polynomial near 0, or else by way of e^2x; wrong by less than two units in the last
+    place."""
     square = x * x
     if x.dtype == tl.float64:
         series = divide(polynomial(TANH_ABOVE, 3, square), polynomial(TANH_BELOW, 4, square))
