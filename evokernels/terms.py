@@ -226,7 +226,17 @@ def _checked(name: str, formula: Expr | float) -> Expr:
     if strange := {str(symbol) for symbol in symbols_of(formula) - LEAVES}:
         allowed = ", ".join(sorted(map(str, LEAVES)))
         raise TermError(f"{name} reads {', '.join(sorted(strange))}; a term may read {allowed}")
+    if not all(map(math.isfinite, _numbers_of(formula))):
+        raise TermError(f"{name} has a number that is not finite: {formula}")
     return formula
+
+
+def _numbers_of(formula: Expr) -> list[float]:
+    if isinstance(formula, Constant):
+        return [formula.value]
+    if isinstance(formula, Average):
+        return _numbers_of(formula.value)
+    return [number for arg in getattr(formula, "args", ()) for number in _numbers_of(arg)]
 
 
 def _check_averages(name: str, formula: Expr) -> None:

@@ -1,5 +1,6 @@
 """Terms of a user's own and the wide catalogue: what they mean, and what is turned down."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -12,7 +13,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from oracle import assert_near, eager_formulas, exact_update
+from oracle import assert_near, eager_formulas, exact_update, precise
 
 from evokernels import FusedEvolvedOptimizer, Genome, Term, genome, terms, zoo
 from evokernels.compiler.canonical import canonical_key
@@ -22,8 +23,19 @@ from evokernels.compiler.expr import Average
 from evokernels.compiler.linear import linear
 from evokernels.compiler.lower import kept_average, lower
 from evokernels.compiler.terms import CATALOGUE, genome_scalars
-from evokernels.errors import GenomeError, OptimizerError, SettingsError, TermError, TermWarning
+from evokernels.errors import (
+    GenomeError,
+    JournalError,
+    OptimizerError,
+    SettingsError,
+    TermError,
+    TermWarning,
+)
+from evokernels.evolution import run
+from evokernels.evolution.settings import RunSettings
+from evokernels.evolution.trial import Conditions
 from evokernels.genome import CATALOGUES, find_term
+from evokernels.kernels.plan import ARITHMETIC
 from evokernels.search import operators
 from evokernels.search.genetic import GeneticConfig, GeneticSearch
 from evokernels.terms import (
@@ -51,6 +63,16 @@ from evokernels.terms import (
     where,
 )
 
+QUICK = RunSettings(
+    search=GeneticConfig(population=4, generations=2, elites=1, tournament=2),
+    tasks=("fashion_mnist_mini",),
+    seeds=(0,),
+    conditions=Conditions(
+        steps=5, batch_size=16, train_samples=None, validation_samples=100, hurdle=False
+    ),
+    comparison_seeds=1,
+    threads=1,
+)
 WIDE = CATALOGUES["wide"][len(CATALOGUES["classic"]) :]
 
 
@@ -233,52 +255,42 @@ REFERENCES = {"lion": lion, "adabelief": adabelief, "cautious_adam": cautious_ad
 def test_the_zoo_equals_reference_implementations(name, dtype, shape):
     rule = zoo.WIDE[name]
     torch.manual_seed(0)
-    start, state, precise_state = torch.randn(shape, dtype=dtype), {}, {}
+    start, state, exact_state = torch.randn(shape, dtype=dtype), {}, {}
     parameter = torch.nn.Parameter(start.clone())
     optimizer = FusedEvolvedOptimizer([parameter], rule)
-    p, precise = start, start.double().numpy()
+    p, exact = start, start.double()
     for t in range(1, 8):
         gradient = torch.randn(shape, dtype=dtype)
         parameter.grad = gradient.clone()
         optimizer.step()
         p = REFERENCES[name](p, gradient, state, rule.lr, t)
-        exact = REFERENCES[name](
-            torch.from_numpy(precise.astype(np.float64)),
-            gradient.double(),
-            precise_state,
-            rule.lr,
-            t,
-        )
-        precise = exact.numpy()
+        exact = REFERENCES[name](exact, gradient.double(), exact_state, rule.lr, t)
     if dtype == torch.float64:
-        np.testing.assert_allclose(parameter.detach().numpy(), precise, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(parameter.detach(), exact, rtol=1e-12, atol=1e-14)
     else:
-        assert_near(parameter.detach(), precise, p, dtype, name)
+        assert_near(parameter.detach().flatten(), exact.flatten().numpy(), p.flatten(), dtype, name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_optimizers_train_with_own_terms(backend, dtype):
     """Every backend here, by the tolerance rule, state by name."""
-    rule = Genome(
-        ["OWN", "BELIEF"] if register("OWN", progress * average(abs(g), 0.8) * tanh(m)) else [],
-        [1.0, 0.5],
-        lr_log10=-2.0,
-    )
+    own = register("OWN", progress * average(abs(g), 0.8) * tanh(m))
+    rule = Genome([own, "BELIEF"], [1.0, 0.5], lr_log10=-2.0)
     torch.manual_seed(0)
     parameter = torch.nn.Parameter(torch.randn(1000).to(dtype))
     optimizer = FusedEvolvedOptimizer([parameter], rule, total_steps=5, backend=backend)
-    start = {"p": parameter.detach().clone(), "m": torch.zeros(1000), "v": torch.zeros(1000)}
+    zeros = torch.zeros(1000, dtype=ARITHMETIC[dtype])
+    start = {"p": parameter.detach().clone(), "m": zeros, "v": zeros}
     eager = dict(start)
-    exact = {name: tensor.double().numpy() for name, tensor in start.items()}
+    exact = {name: precise(tensor) for name, tensor in start.items()}
     for t in range(1, 8):  # progress ends at 1
         gradient = torch.randn(1000).to(dtype)
         parameter.grad = gradient.clone()
         optimizer.step()
-        stored = {name: x for name, x in eager.items()}
-        eager = eager_formulas(rule, {**stored, "g": gradient}, t, 5)
-        exact = exact_update(rule, {**exact, "g": gradient.double().numpy()}, t, 5)
+        eager = eager_formulas(rule, {**eager, "g": gradient}, t, 5)
+        exact = exact_update(rule, {**exact, "g": precise(gradient)}, t, 5)
         if dtype in (torch.bfloat16, torch.float16):  # what was stored is where the next begins
-            exact["p"] = parameter.detach().double().numpy()
+            exact["p"] = precise(parameter.detach())
             eager["p"] = parameter.detach().clone()
     state = optimizer.state[parameter]
     kept = {str(each): each for each in exact if isinstance(each, Average)}
@@ -307,6 +319,7 @@ UNFIT = [
     ("X", g > 0, r"X is a comparison, not a number; where\(\)"),
     ("X", "g", "made of what evokernels.terms has, got 'g'"),
     ("X", None, "made of what evokernels.terms has, got None"),
+    ("X", average(math.inf * g, 0.5), "X has a number that is not finite"),
     ("X", True, "made of what evokernels.terms has, got True"),
     ("X", CATALOGUE[Term.GRAD].__class__("h", True) * g, "X reads h; a term may read beta1, "),
 ]
@@ -396,8 +409,8 @@ def test_pickled_genomes_bring_their_terms():
         "import pickle, sys; rule = pickle.load(sys.stdin.buffer); "
         "from evokernels.compiler.canonical import canonical_key; print(canonical_key(rule))"
     )
-    run = subprocess.run([sys.executable, "-c", code], input=sent, capture_output=True, check=True)
-    assert run.stdout.decode().strip() == canonical_key(rule)
+    told = subprocess.run([sys.executable, "-c", code], input=sent, capture_output=True, check=True)
+    assert told.stdout.decode().strip() == canonical_key(rule)
     genome._own_terms.clear()
     register("SQUASHED", tanh(m))
     with pytest.raises(TermError, match="SQUASHED is"):
@@ -458,6 +471,28 @@ def test_terms_from_a_file(tmp_path):
             terms.load(path)
     with pytest.raises(TermError, match="cannot read terms from"):
         terms.load(tmp_path / "missing.py")
+
+
+def test_a_run_with_own_terms_resumes_and_knows_its_formulas(tmp_path):
+    """In worker processes, which nobody has told of the terms."""
+    register("DAMPED", g / (1 + average(abs(g), 0.5)))
+    search = GeneticConfig(
+        population=8, generations=2, elites=1, tournament=2, own_terms=terms.definitions()
+    )
+    settings = dataclasses.replace(QUICK, search=search)
+    runs = [run.evolve(settings, tmp_path / f"{workers}", workers=workers) for workers in (1, 2)]
+    assert runs[0].history == runs[1].history
+    text = (tmp_path / "1" / "journal.sqlite").read_bytes()
+    assert b"DAMPED = g / (1 + average(|g|, 0.5))" in text
+    assert b'"DAMPED"' in text  # in a genome
+    resumed = run.evolve(settings, tmp_path / "1")
+    assert (resumed.evaluations, resumed.best) == (0, runs[0].best)
+    genome._own_terms.clear()
+    terms._registered.clear()
+    register("DAMPED", g / (2 + abs(g)))
+    other = dataclasses.replace(search, own_terms=terms.definitions())
+    with pytest.raises(JournalError, match="other settings: own_terms"):
+        run.evolve(dataclasses.replace(settings, search=other), tmp_path / "1")
 
 
 def test_json_of_the_wide_catalogue_needs_no_registration():

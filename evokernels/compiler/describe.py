@@ -15,10 +15,13 @@ __all__ = ["formula"]
 def formula(genome: Genome) -> str:
     """The rule of one step, a line an assignment; moments that nothing reads are left out."""
     rule = lower(genome)
-    numbers = {
+    numbers: dict[Symbol, Expr] = {
         symbol: Constant(terms.genome_scalars(genome, t=1)[symbol.name])
         for symbol in (terms.weight_decay, terms.beta1, terms.beta2, terms.eps, terms.clip)
     }
+    # of terms that correct moments themselves
+    for bias, beta in ((terms.bias1, genome.beta1), (terms.bias2, genome.beta2)):
+        numbers[bias] = Symbol(f"(1 - {beta:.6g}^t)", per_element=False)
     lines = [_schedule(genome)]
     if genome.use_gradient_clipping:
         lines.append(f"g ← {linear_expr(linear(substitute(terms.CLIPPED_GRADIENT, numbers)))}")
