@@ -52,8 +52,8 @@ FORMULAS = {
     "limits": clip(g, -0.5, progress) + maximum(m, -0.25),
 }
 
-# The terms and more of the wide catalogue, each in a rule that keeps what it reads and not more.
-WIDE = {term.name: (term,) for term in CATALOGUES["wide"] if term not in CATALOGUES["classic"]}
+# What the wide catalogue has besides.
+WIDE = [term for term in CATALOGUES["wide"] if term not in CATALOGUES["classic"]]
 
 
 def rule_of(*terms: Expr | Term, **options: object) -> Genome:
