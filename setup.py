@@ -20,7 +20,7 @@ _package = types.ModuleType("evokernels")
 _package.__path__ = [str(ROOT / "evokernels")]
 sys.modules["evokernels"] = _package
 
-from evokernels.compiler.render_c import STORED, render_covers  # noqa: E402
+from evokernels.compiler.render_c import C_FLAGS, STORED, render_covers  # noqa: E402
 
 
 class BuildKernels(build_ext):
@@ -54,22 +54,12 @@ native = Extension(
     include_dirs=["csrc"],
     libraries=["m"],
     extra_compile_args=[
-        "-std=c11",
-        "-O3",
-        "-g0",
+        *C_FLAGS,
         "-fopenmp",
         "-Wall",
         "-Wextra",
         "-Werror=vla",
         "-Wno-psabi",  # vectors are passed between functions of one file alone
-        # the same result for every instruction set, thread count and loop tail
-        "-ffp-contract=off",
-        # nothing reads errno or the floating-point flags; without these no root and no select
-        # becomes vector code. Not -ffast-math: NaN, infinity and rounding stay as they are.
-        "-fno-math-errno",
-        "-fno-trapping-math",
-        # "weigh" tests run-time numbers: one loop with selects, not one loop for each combination
-        "-fno-unswitch-loops",
     ],
     extra_link_args=["-fopenmp"],
 )

@@ -101,7 +101,7 @@ def _shown(value: object) -> str:
 
 def with_options(settings: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """The settings of a preset, replaced by those that are given; precision as it is computed."""
-    if options.terms is not None:
+    if getattr(options, "terms", None) is not None:
         terms.load(options.terms)
         options.own_terms = terms.definitions()
     given = {name: getattr(options, name, None) for name in settings}
@@ -120,10 +120,10 @@ def add_run_options(parser: argparse.ArgumentParser, prefix: str = "") -> None:
         "--terms",
         type=pathlib.Path,
         metavar="FILE",
-        help="Python file that registers terms of your own (evokernels.terms), which the search uses",
+        help="Python file that registers terms of your own, which the search then uses",
     )
     add_precision(parser)
-    parser.set_defaults(prefix=prefix)
+    parser.set_defaults(prefix=prefix, own_terms=None)
     parser.add_argument(
         "--out", type=pathlib.Path, metavar="DIR", help=f"the run folder (runs/{prefix}<preset>)"
     )

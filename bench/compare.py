@@ -34,7 +34,7 @@ from evokernels.evolution.trial import Conditions
 from evokernels.evolution.tuning import LARGEST_FACTOR, TUNING_SEED
 from evokernels.genome import Genome
 
-NAMED = {**zoo.GENOMES, **BASELINES}
+NAMED = {**zoo.WIDE, **zoo.GENOMES, **BASELINES}  # lion: the library's
 ALL = "all"
 VALIDATION_SAMPLES = 5_000  # where there is tuning
 

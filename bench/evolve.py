@@ -73,6 +73,7 @@ PARITY = {
     "rotate_seeds": False,
     "finalists": 1,
     "refine": 0,
+    "catalogue": "classic",
 }
 
 SETTINGS = (

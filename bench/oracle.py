@@ -4,22 +4,25 @@ that says how near is near. The tests and fuzz.py share it.
 
 from __future__ import annotations
 
+import math
+import operator
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from eager import eager_update
 
 from evokernels import Genome
-from evokernels.compiler.evaluate import reference_step
+from evokernels.compiler.evaluate import reference_step, reference_update
+from evokernels.compiler.expr import Average
 from evokernels.compiler.schedule import learning_rate_factor
 from evokernels.genome import CATALOGUES
 from evokernels.kernels.plan import ARITHMETIC
 
 __all__ = [
-    *("DTYPES", "SHAPES", "allowed_distance", "assert_near", "eager_step", "eager_steps"),
-    *("exact_step", "exact_steps", "precise", "random_genome"),
+    *("DTYPES", "SHAPES", "allowed_distance", "assert_near", "eager_formulas", "eager_step"),
+    *("eager_steps", "exact_step", "exact_steps", "exact_update", "precise", "random_genome"),
 ]
 
 SHAPES = [(), (0,), (1,), (63,), (1000,), (17, 241)]  # the last: 4097 elements
@@ -71,6 +74,58 @@ def exact_step(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Parameter and moments after step `t` (from 1), on the schedule of the genome."""
     return reference_step(genome, p, g, m, v, t, learning_rate_factor(genome, t - 1, total_steps))
+
+
+def exact_update(
+    genome: Genome, tensors: Mapping[str | Average, np.ndarray], t: int, total_steps: int
+) -> dict[str | Average, np.ndarray]:
+    """`exact_step` of any genome: with averages, too, and with terms that ask for progress."""
+    factor = learning_rate_factor(genome, t - 1, total_steps)
+    return reference_update(genome, tensors, t, factor, training_steps=total_steps)
+
+
+def eager_formulas(
+    genome: Genome, tensors: Mapping[str | Average, torch.Tensor], t: int, total_steps: int
+) -> dict[str | Average, torch.Tensor]:
+    """The same in single torch calls, one an operation, rounded where a step stores it."""
+    arithmetic = ARITHMETIC[tensors["p"].dtype]
+    wide = {name: tensor.to(arithmetic) for name, tensor in tensors.items()}
+    factor = learning_rate_factor(genome, t - 1, total_steps)
+    new = reference_update(
+        genome, wide, t, factor, training_steps=total_steps, meanings=_ON_TENSORS
+    )
+    return {
+        name: tensor.to(tensors[name].dtype if name in tensors else arithmetic)
+        for name, tensor in new.items()
+    }
+
+
+def _on_tensors(operation: Callable) -> Callable:
+    """A torch operation that takes numbers, too."""
+
+    def on_tensors(*args: torch.Tensor | float) -> torch.Tensor | float:
+        if not any(isinstance(arg, torch.Tensor) for arg in args):
+            return operation(*(torch.tensor(arg, dtype=torch.float64) for arg in args)).item()
+        return operation(*(torch.as_tensor(arg) for arg in args))
+
+    return on_tensors
+
+
+def _compared(a: torch.Tensor, b: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    chosen = torch.where(a > b, x, y)
+    return torch.where(a.isnan() | b.isnan(), math.nan, chosen)
+
+
+_ON_TENSORS = {
+    **{name: getattr(operator, name) for name in ("add", "sub", "mul")},
+    "div": operator.truediv,
+    **{name: _on_tensors(getattr(torch, name)) for name in ("sqrt", "abs", "exp", "log1p", "tanh")},
+    "expm1": _on_tensors(torch.expm1),
+    "sign": _on_tensors(lambda x: torch.where(x.isnan(), x, x.sign())),
+    "min": _on_tensors(lambda a, b: torch.where(a < b, a, b)),
+    "max": _on_tensors(lambda a, b: torch.where(a > b, a, b)),
+    "where": _on_tensors(_compared),
+}
 
 
 def precise(tensor: torch.Tensor) -> np.ndarray:

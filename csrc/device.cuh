@@ -10,6 +10,7 @@
 #define EVK_DEVICE_CUH
 
 #include "numeric.h"
+#include "functions.h"
 #include "philox.h"
 
 #ifdef __CUDACC_RTC__
@@ -20,8 +21,8 @@
 #define EVK_BLOCKS_AN_SM (__CUDA_ARCH__ < 800 ? 3 : 2)
 
 /* The block of words is an argument of the kernel itself: read where it is needed, never copied. */
-#define EVK_KERNEL(name, Shared, block_function)                                             \
-    extern "C" __global__ void __launch_bounds__(EVK_THREADS, EVK_BLOCKS_AN_SM)              \
+#define EVK_KERNEL(name, Shared, block_function, blocks)                                     \
+    extern "C" __global__ void __launch_bounds__(EVK_THREADS, blocks)                        \
         name(const __grid_constant__ Words words) {                                          \
         __shared__ Shared shared;                                                            \
         block_function(words, shared, blockIdx.x, gridDim.x);                                \

@@ -2,7 +2,9 @@
 #ifndef EVK_KERNELS_H
 #define EVK_KERNELS_H
 
+#include "functions.h"
 #include "numeric.h"
+#include "runtime.h"
 
 /* One copy of a function for each instruction set, chosen when the library is loaded: a library
  * built on one machine runs on all of its family. */

@@ -123,7 +123,7 @@ EVK_INLINE void noise_block(const Words &words, Nothing &, int64_t block, int64_
     }
 }
 
-EVK_KERNEL(evk_perturb, Nothing, noise_block<false>)
-EVK_KERNEL(evk_estimate, Nothing, noise_block<true>)
+EVK_KERNEL(evk_perturb, Nothing, noise_block<false>, EVK_BLOCKS_AN_SM)
+EVK_KERNEL(evk_estimate, Nothing, noise_block<true>, EVK_BLOCKS_AN_SM)
 
 #endif

@@ -34,10 +34,11 @@ typedef struct {
 /* 16 random bits for each of the elements 8 * eighth, …, 8 * eighth + 7 of a stream: those of
  * element i are the half i % 2, the lower one first, of word i % 8 / 2. */
 EVK_INLINE quad random_eight(const evk_stream *stream, uint64_t eighth) {
-    /* tensors have fewer than 2^63 elements, so the two upper bits are free for the operand */
-    return philox((uint32_t)eighth, (uint32_t)(eighth >> 32) | stream->operand << 30,
-                  stream->position, stream->t, (uint32_t)stream->seed,
-                  (uint32_t)(stream->seed >> 32));
+    /* tensors have fewer than 2^63 elements, so the four upper bits are free for the operand: the
+     * two highest for p, g, m and v, the others for averages */
+    const uint32_t operand = (stream->operand & 3) << 30 | stream->operand >> 2 << 28;
+    return philox((uint32_t)eighth, (uint32_t)(eighth >> 32) | operand, stream->position,
+                  stream->t, (uint32_t)stream->seed, (uint32_t)(stream->seed >> 32));
 }
 
 #endif

@@ -30,13 +30,12 @@ static void clear_gradient(const evk_tensor *t, void *gradient, int64_t first, i
 /* Elements [first, end) by a kernel that reads and writes the tensors themselves. */
 static void update_direct(const evk_tensor *t, void *gradient, const evk_numbers *numbers,
                           int64_t first, int64_t end) {
-    void *operands[EVK_OPERANDS] = {t->tensors[EVK_P], gradient, t->tensors[EVK_M],
-                                    t->tensors[EVK_V]};
-    for (int k = 0; k < EVK_OPERANDS; ++k)
-        if (operands[k])
-            operands[k] = (char *)operands[k] + first * evk_size(t->formats[k]);
-    t->kernel(operands[EVK_P], operands[EVK_G], operands[EVK_M], operands[EVK_V], end - first,
-              numbers->scalars);
+    void *operands[EVK_OPERANDS];
+    for (int k = 0; k < t->operands; ++k) {
+        char *tensor = k == EVK_G ? gradient : t->tensors[k];
+        operands[k] = tensor ? tensor + first * evk_size(t->formats[k]) : NULL;
+    }
+    t->kernel(operands, end - first, numbers->scalars);
 }
 
 /* Elements [first, end) by a kernel of the arithmetic type: what is stored or lies otherwise goes
@@ -46,11 +45,11 @@ static void update_staged(const evk_tensor *t, void *gradient, const evk_numbers
     double buffers[EVK_OPERANDS][EVK_BLOCK]; /* the larger arithmetic type */
     uint16_t bits[EVK_RANDOM_BITS];
     evk_cursor reading[EVK_OPERANDS], writing[EVK_OPERANDS];
-    char *tensors[EVK_OPERANDS] = {t->tensors[EVK_P], gradient, t->tensors[EVK_M],
-                                   t->tensors[EVK_V]};
+    char *tensors[EVK_OPERANDS];
     const int arithmetic = t->float64 ? EVK_FLOAT64 : EVK_FLOAT32;
     int in_place[EVK_OPERANDS];
-    for (int k = 0; k < EVK_OPERANDS; ++k) {
+    for (int k = 0; k < t->operands; ++k) {
+        tensors[k] = k == EVK_G ? gradient : t->tensors[k];
         in_place[k] = !tensors[k] || (!t->layouts[k] && t->formats[k] == arithmetic);
         evk_place(&reading[k], t->layouts[k], first);
         evk_place(&writing[k], t->layouts[k], first);
@@ -59,7 +58,7 @@ static void update_staged(const evk_tensor *t, void *gradient, const evk_numbers
         /* blocks begin where they do for every number of threads: random bits come in eights */
         n = smaller(EVK_BLOCK - first % EVK_BLOCK, end - first);
         void *operands[EVK_OPERANDS];
-        for (int k = 0; k < EVK_OPERANDS; ++k) {
+        for (int k = 0; k < t->operands; ++k) {
             operands[k] = buffers[k];
             if (!tensors[k])
                 operands[k] = NULL;
@@ -68,9 +67,8 @@ static void update_staged(const evk_tensor *t, void *gradient, const evk_numbers
             else
                 evk_gather(buffers[k], tensors[k], &reading[k], t->formats[k], t->float64, n);
         }
-        t->kernel(operands[EVK_P], operands[EVK_G], operands[EVK_M], operands[EVK_V], n,
-                  numbers->scalars);
-        for (int k = 0; k < EVK_OPERANDS; ++k) {
+        t->kernel(operands, n, numbers->scalars);
+        for (int k = 0; k < t->operands; ++k) {
             if (in_place[k] || k == EVK_G) continue;
             const uint16_t *random = NULL;
             if (t->stochastic && t->formats[k] == EVK_BFLOAT16) {

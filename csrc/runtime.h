@@ -7,15 +7,15 @@
 
 #include <stdint.h>
 
-/* The tensors of one parameter, in the order of every array of four below. */
-enum { EVK_P, EVK_G, EVK_M, EVK_V, EVK_OPERANDS };
+/* The tensors of one parameter, in the order of every array of operands below: the moments, then
+ * the averages that terms keep, which are moments too. */
+enum { EVK_P, EVK_G, EVK_M, EVK_V, EVK_A0, EVK_A1, EVK_A2, EVK_A3, EVK_OPERANDS };
 
 /* How elements are stored. */
 enum { EVK_FLOAT32, EVK_FLOAT64, EVK_BFLOAT16, EVK_FLOAT16 };
 
-/* Updates n consecutive elements; m and v may be NULL where the kernel keeps no such moment. */
-typedef void (*evk_kernel)(void *p, const void *g, void *m, void *v, int64_t n,
-                           const double *scalars);
+/* Updates n consecutive elements of its operands; those that it does not have are not looked at. */
+typedef void (*evk_kernel)(void *const *tensors, int64_t n, const double *scalars);
 
 /* Where the elements of a tensor lie, from its first one on: the order of elements is that of the
  * parameter's memory, for all tensors of the parameter. Strides are in elements; the last dimension
@@ -35,6 +35,7 @@ typedef struct {
     uint64_t seed;     /* of stochastic rounding */
     uint32_t position; /* of the parameter in its model: it has random bits of its own */
     int32_t formats[EVK_OPERANDS];
+    int32_t operands;   /* how many there are: EVK_A0, or more with averages */
     int32_t float64;    /* whether arithmetic is in double */
     int32_t stochastic; /* whether bfloat16 stores are rounded stochastically */
     int32_t staged;     /* whether the update goes through buffers of the arithmetic type */

@@ -21,7 +21,8 @@ EVK_INLINE double sum_squares(const Words &words, const Tensor &tensor, void *gr
     const int64_t *layouts = global<const int64_t>(words.header.layouts);
     double sum = 0;
     int64_t done = chunk.first;
-    if (tensor.g_layout == EVK_DENSE && fits_vectors(gradient)) {
+    const int64_t layout = tensor.layouts[EVK_OPERAND_G];
+    if (layout == EVK_DENSE && fits_vectors(gradient)) {
         done += (chunk.end - chunk.first) / N * N;
         for (int64_t i = chunk.first + thread * N; i < done; i += EVK_THREADS * N) {
             Vector<Stored> gs;
@@ -34,7 +35,7 @@ EVK_INLINE double sum_squares(const Words &words, const Tensor &tensor, void *gr
         }
     }
     for (int64_t i = done + thread; i < chunk.end; i += EVK_THREADS) {
-        const double x = Kind::Parameter::load(g[offset_of(i, layouts, tensor.g_layout)]);
+        const double x = Kind::Parameter::load(g[offset_of(i, layouts, layout)]);
         sum = fma(x, x, sum);
     }
     return sum;
@@ -84,6 +85,6 @@ EVK_INLINE void squares_block(const Words &words, Sums &sums, int64_t block, int
     }
 }
 
-EVK_KERNEL(evk_squares, Sums, squares_block)
+EVK_KERNEL(evk_squares, Sums, squares_block, EVK_BLOCKS_AN_SM)
 
 #endif

@@ -6,7 +6,7 @@
 
 #include "runtime.h"
 
-/* Elements in a buffer: four buffers of doubles stay in the first-level cache. */
+/* Elements in a buffer: buffers of doubles for all operands stay in the first-level cache. */
 enum { EVK_BLOCK = 256 };
 
 /* More dimensions of more than one element than any tensor has. */

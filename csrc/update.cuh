@@ -113,45 +113,56 @@ EVK_INLINE void compute_numbers(const Words &words, const Tensor &tensor, double
 }
 
 /* The random bits of eight elements, and of one, where anything is rounded by them. */
+template <typename Kind>
 struct Draws {
-    quad p, m, v;
-};
-
-struct Draw {
-    uint16_t p, m, v;
+    quad p, states[Kind::ROOM];
 };
 
 template <typename Kind>
-EVK_INLINE Draws draw_eight(const Tensor &tensor, uint32_t t, uint64_t eighth) {
+struct Draw {
+    uint16_t p, states[Kind::ROOM];
+};
+
+template <typename Kind>
+EVK_INLINE Draws<Kind> draw_eight(const Tensor &tensor, uint32_t t, uint64_t eighth) {
     evk_stream stream = {static_cast<uint64_t>(tensor.seed), EVK_OPERAND_P,
                          static_cast<uint32_t>(tensor.position), t};
-    Draws draws = {};
+    Draws<Kind> draws = {};
     if constexpr (Kind::Parameter::ROUNDS_RANDOMLY) draws.p = random_eight(&stream, eighth);
-    stream.operand = EVK_OPERAND_M;
-    if constexpr (Kind::M && Kind::State::ROUNDS_RANDOMLY) draws.m = random_eight(&stream, eighth);
-    stream.operand = EVK_OPERAND_V;
-    if constexpr (Kind::V && Kind::State::ROUNDS_RANDOMLY) draws.v = random_eight(&stream, eighth);
+    if constexpr (Kind::State::ROUNDS_RANDOMLY) {
+#pragma unroll
+        for (int s = 0; s < Kind::STATES; ++s) {
+            stream.operand = Kind::operand(s);
+            draws.states[s] = random_eight(&stream, eighth);
+        }
+    }
     return draws;
 }
 
-EVK_INLINE Draw one_of(const Draws &eight, int i) {
-    return {random_of(eight.p, i), random_of(eight.m, i), random_of(eight.v, i)};
+template <typename Kind>
+EVK_INLINE Draw<Kind> one_of(const Draws<Kind> &eight, int i) {
+    Draw<Kind> one = {random_of(eight.p, i), {}};
+#pragma unroll
+    for (int s = 0; s < Kind::STATES; ++s) one.states[s] = random_of(eight.states[s], i);
+    return one;
 }
 
 /* One element as it is stored, with its random bits. */
 template <typename Kind, typename Scalars>
 EVK_INLINE void update_element(const Scalars &k, typename Kind::Parameter::Stored &p,
-                               typename Kind::Parameter::Stored g, typename Kind::State::Stored &m,
-                               typename Kind::State::Stored &v, Draw draw) {
+                               typename Kind::Parameter::Stored g,
+                               typename Kind::State::Stored *const (&states)[Kind::ROOM],
+                               const Draw<Kind> &draw) {
     using Parameter = typename Kind::Parameter;
     using State = typename Kind::State;
-    typename Kind::Real wide_p = Parameter::load(p), wide_m = State::load(m),
-                        wide_v = State::load(v);
+    typename Kind::Real wide_p = Parameter::load(p), wide[Kind::ROOM];
+#pragma unroll
+    for (int s = 0; s < Kind::STATES; ++s) wide[s] = State::load(*states[s]);
     k.next_element();
-    Kind::update(k, wide_p, Parameter::load(g), wide_m, wide_v);
+    Kind::update(k, wide_p, Parameter::load(g), wide);
     p = Parameter::store(wide_p, draw.p);
-    m = State::store(wide_m, draw.m);
-    v = State::store(wide_v, draw.v);
+#pragma unroll
+    for (int s = 0; s < Kind::STATES; ++s) *states[s] = State::store(wide[s], draw.states[s]);
 }
 
 /* This thread's share of a chunk. */
@@ -160,21 +171,25 @@ EVK_INLINE void update_chunk(const Words &words, const Tensor &tensor, void *gra
                              const Chunk &chunk, uint32_t t, const Numbers &numbers, int thread) {
     using Real = typename Kind::Real;
     using Stored = typename Kind::Parameter::Stored;
-    using Moment = typename Kind::State::Stored;
-    constexpr int N = Kind::WIDTH;
+    using State = typename Kind::State::Stored;
+    constexpr int N = Kind::WIDTH, STATES = Kind::STATES, ROOM = Kind::ROOM;
     const bool clear = words.header.clear;
     Stored *p = global<Stored>(tensor.p), *g = global<Stored>(gradient);
-    Moment *m = global<Moment>(tensor.m), *v = global<Moment>(tensor.v);
+    State *states[ROOM];
+#pragma unroll
+    for (int s = 0; s < STATES; ++s)
+        states[s] = global<State>(tensor.states[Kind::operand(s) - EVK_FIRST_STATE]);
     const int64_t *layouts = global<const int64_t>(words.header.layouts);
     int64_t done = chunk.first;
-    if (tensor.aligned && tensor.g_layout == EVK_DENSE && fits_vectors(gradient)) {
+    if (tensor.aligned && tensor.layouts[EVK_OPERAND_G] == EVK_DENSE && fits_vectors(gradient)) {
         done += (chunk.end - chunk.first) / N * N;
         const ForVectors<Kind> k(numbers);
         EVK_ROLLED
         for (int64_t i = chunk.first + thread * N; i < done; i += EVK_THREADS * N) {
             Vector<Stored> ps, gs, zeros = {};
-            Vector<Moment> ms = {}, vs = {};
-            Draws draws = draw_eight<Kind>(tensor, t, i / 8);
+            Vector<State> of[ROOM];
+            constexpr int OF_STATE = of[0].SIZE;
+            Draws<Kind> draws = draw_eight<Kind>(tensor, t, i / 8);
 #pragma unroll
             for (int j = 0; j < N; ++j) {
                 /* doubles leave no room for the bits of eight: drawn again for each */
@@ -183,20 +198,28 @@ EVK_INLINE void update_chunk(const Words &words, const Tensor &tensor, void *gra
                     load_vector(ps, p + i + j);
                     load_vector(gs, g + i + j);
                 }
-                if (Kind::M && j % ms.SIZE == 0) load_vector(ms, m + i + j);
-                if (Kind::V && j % vs.SIZE == 0) load_vector(vs, v + i + j);
+#pragma unroll
+                for (int s = 0; s < STATES; ++s)
+                    if (j % OF_STATE == 0) load_vector(of[s], states[s] + i + j);
                 Stored one_p = get(ps, j);
-                Moment one_m = get(ms, j), one_v = get(vs, j);
-                update_element<Kind>(k, one_p, get(gs, j), one_m, one_v, one_of(draws, j));
+                State one[ROOM], *places[ROOM];
+#pragma unroll
+                for (int s = 0; s < STATES; ++s) {
+                    one[s] = get(of[s], j);
+                    places[s] = &one[s];
+                }
+                update_element<Kind>(k, one_p, get(gs, j), places, one_of(draws, j));
                 set(ps, j, one_p);
-                set(ms, j, one_m);
-                set(vs, j, one_v);
+#pragma unroll
+                for (int s = 0; s < STATES; ++s) set(of[s], j, one[s]);
                 if ((j + 1) % ps.SIZE == 0) {
                     store_vector(p + i + j + 1 - ps.SIZE, ps);
                     if (clear) store_vector(g + i + j + 1 - gs.SIZE, zeros);
                 }
-                if (Kind::M && (j + 1) % ms.SIZE == 0) store_vector(m + i + j + 1 - ms.SIZE, ms);
-                if (Kind::V && (j + 1) % vs.SIZE == 0) store_vector(v + i + j + 1 - vs.SIZE, vs);
+#pragma unroll
+                for (int s = 0; s < STATES; ++s)
+                    if ((j + 1) % OF_STATE == 0)
+                        store_vector(states[s] + i + j + 1 - OF_STATE, of[s]);
             }
         }
     }
@@ -204,13 +227,14 @@ EVK_INLINE void update_chunk(const Words &words, const Tensor &tensor, void *gra
     const InShared<Real> k(numbers);
     EVK_ROLLED
     for (int64_t i = done + thread; i < chunk.end; i += EVK_THREADS) {
-        const Draw draw = one_of(draw_eight<Kind>(tensor, t, i / 8), i % 8);
-        Stored &one_p = p[offset_of(i, layouts, tensor.p_layout)];
-        Stored &one_g = g[offset_of(i, layouts, tensor.g_layout)];
-        Moment none = 0, *one_m = &none, *one_v = &none;
-        if constexpr (Kind::M) one_m = &m[offset_of(i, layouts, tensor.m_layout)];
-        if constexpr (Kind::V) one_v = &v[offset_of(i, layouts, tensor.v_layout)];
-        update_element<Kind>(k, one_p, one_g, *one_m, *one_v, draw);
+        const Draw<Kind> draw = one_of(draw_eight<Kind>(tensor, t, i / 8), i % 8);
+        Stored &one_p = p[offset_of(i, layouts, tensor.layouts[EVK_OPERAND_P])];
+        Stored &one_g = g[offset_of(i, layouts, tensor.layouts[EVK_OPERAND_G])];
+        State *places[ROOM];
+#pragma unroll
+        for (int s = 0; s < STATES; ++s)
+            places[s] = &states[s][offset_of(i, layouts, tensor.layouts[Kind::operand(s)])];
+        update_element<Kind>(k, one_p, one_g, places, draw);
         if (clear) one_g = 0;
     }
 }
@@ -222,7 +246,7 @@ EVK_INLINE void clear_chunk(const Words &words, const Tensor &tensor, void *grad
     auto *g = global<typename Kind::Parameter::Stored>(gradient);
     const int64_t *layouts = global<const int64_t>(words.header.layouts);
     for (int64_t i = chunk.first + thread; i < chunk.end; i += EVK_THREADS)
-        g[offset_of(i, layouts, tensor.g_layout)] = 0;
+        g[offset_of(i, layouts, tensor.layouts[EVK_OPERAND_G])] = 0;
 }
 
 EVK_INLINE void update_block(const Words &words, Numbers &numbers, int64_t block, int64_t blocks) {
@@ -259,6 +283,10 @@ EVK_INLINE void update_block(const Words &words, Numbers &numbers, int64_t block
     }
 }
 
-EVK_KERNEL(evk_update, Numbers, update_block)
+/* Three blocks leave 80 registers, too few for more than two states, and two leave 128, not always
+ * enough for more than four. Threads that have so much under way at a time need not be as many. */
+#define EVK_BLOCKS_FOR_STATES (EVK_STATES > 4 ? 1 : EVK_STATES > 2 ? 2 : EVK_BLOCKS_AN_SM)
+
+EVK_KERNEL(evk_update, Numbers, update_block, EVK_BLOCKS_FOR_STATES)
 
 #endif

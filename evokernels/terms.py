@@ -153,7 +153,8 @@ def load(path: str | os.PathLike[str]) -> None:
     Raises:
         TermError: it cannot be run, or registers none.
     """
-    before = len(_registered)
+    before = dict(_registered)
+    _registered.clear()
     try:
         runpy.run_path(os.fspath(path), run_name="evokernels_terms")
     except TermError:
@@ -161,9 +162,13 @@ def load(path: str | os.PathLike[str]) -> None:
     except Exception as error:  # whatever a user's file does
         reason = f"{type(error).__name__}: {error}"
         raise TermError(f"cannot read terms from {os.fspath(path)!r}: {reason}") from error
-    if len(_registered) == before:
+    finally:
+        found = dict(_registered)
+        _registered.clear()
+        _registered.update({**before, **found})
+    if not found:
         raise TermError(
-            f"{os.fspath(path)!r} registers no new term; a line such as "
+            f"{os.fspath(path)!r} registers no term; a line such as "
             "register('SIGN_MOMENTUM', sign(m)) does"
         )
 
@@ -221,7 +226,17 @@ def _checked(name: str, formula: Expr | float) -> Expr:
     if strange := {str(symbol) for symbol in symbols_of(formula) - LEAVES}:
         allowed = ", ".join(sorted(map(str, LEAVES)))
         raise TermError(f"{name} reads {', '.join(sorted(strange))}; a term may read {allowed}")
+    if not all(map(math.isfinite, _numbers_of(formula))):
+        raise TermError(f"{name} has a number that is not finite: {formula}")
     return formula
+
+
+def _numbers_of(formula: Expr) -> list[float]:
+    if isinstance(formula, Constant):
+        return [formula.value]
+    if isinstance(formula, Average):
+        return _numbers_of(formula.value)
+    return [number for arg in getattr(formula, "args", ()) for number in _numbers_of(arg)]
 
 
 def _check_averages(name: str, formula: Expr) -> None:

@@ -1,4 +1,5 @@
-"""Named genomes: the four baselines of the source system, its published result, and our own.
+"""Named genomes: the four baselines of the source system, its published result, our own, and three
+of the wide catalogue.
 
 Also its two networks as architectures.
 
@@ -16,11 +17,15 @@ from evokernels.genome import Genome, Term
 __all__ = [
     "ARCHITECTURES",
     "GENOMES",
+    "WIDE",
+    "adabelief",
     "adam",
     "adamw",
+    "cautious_adam",
     "cifar_cnn",
     "evolved_2025",
     "evolved_2026",
+    "lion",
     "rmsprop",
     "sgd_momentum",
     "small_cnn",
@@ -83,6 +88,25 @@ evolved_2026 = Genome(
     use_cosine_decay=True,
 )
 
+# Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", Algorithm 2: betas 0.9 (in the
+# term) and 0.99; learning rate and decay are those of its reference implementation and section 5.
+lion = Genome(
+    term_types=[Term.LION],
+    lr_log10=-4.0,
+    beta1=0.99,
+    wd_log10=-1.0,
+    use_v=False,
+    use_bias_correction=False,
+)
+
+# Zhuang et al. 2020, "AdaBelief Optimizer", Algorithm 2, without the eps that it adds to the second
+# moment in every step.
+adabelief = Genome(term_types=[Term.BELIEF], use_v=False, wd_log10=-math.inf)
+
+# Liang et al. 2024, "Cautious Optimizers", Algorithm 1, without the factor that makes up for what
+# is masked.
+cautious_adam = Genome(term_types=[Term.CAUTIOUS_ADAM], wd_log10=-2.0)
+
 GENOMES = {
     "sgd_momentum": sgd_momentum,
     "rmsprop": rmsprop,
@@ -91,6 +115,9 @@ GENOMES = {
     "evolved_2025": evolved_2025,
     "evolved_2026": evolved_2026,
 }
+
+# Of terms of the wide catalogue, for which a kernel is compiled when they are first used.
+WIDE = {"lion": lion, "adabelief": adabelief, "cautious_adam": cautious_adam}
 
 # On grey images of 28×28 the layers of `evokernels.tasks.SmallCNN`: 824,458 parameters.
 small_cnn = Architecture(

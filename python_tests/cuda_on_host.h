@@ -27,7 +27,7 @@ struct Block {
 static thread_local int this_thread, turn;
 static thread_local pthread_barrier_t *these_barriers;
 
-#define EVK_KERNEL(name, Shared, block_function)                                \
+#define EVK_KERNEL(name, Shared, block_function, least)                         \
     extern "C" void name(const Words *words, int64_t blocks) {                  \
         const std::unique_ptr<Block<Shared>[]> all(new Block<Shared>[blocks]);  \
         std::vector<std::thread> threads;                                       \
@@ -59,7 +59,7 @@ static unsigned atomicAdd(unsigned *number, unsigned more) {
 
 #else
 
-#define EVK_KERNEL(name, Shared, block_function)                                \
+#define EVK_KERNEL(name, Shared, block_function, least)                         \
     extern "C" void name(const Words *words, int64_t blocks) {                  \
         for (int64_t block = blocks; block-- > 0;) {                            \
             Shared shared;                                                      \

@@ -69,6 +69,8 @@ SOURCE_SYSTEM = {
     "finalists": 1,
     "plateau": 0,
     "refine": 0,
+    "catalogue": "classic",
+    "own_terms": (),
 }
 HONEST = {"validation_samples": 5000, "hurdle": True, "race": True, "finalists": 3}
 
@@ -82,6 +84,7 @@ HONEST = {"validation_samples": 5000, "hurdle": True, "race": True, "finalists":
         (["--parity", "--race"], {"race": True}),
         (["--rotate-seeds", "--plateau", "5"], {**HONEST, "rotate_seeds": True, "plateau": 5}),
         (["--refine", "40"], {**HONEST, "refine": 40}),
+        (["--parity", "--catalogue", "wide"], {"catalogue": "wide"}),
         (["--precision", "bfloat16"], {**HONEST, "precision": "bfloat16"}),
     ],
 )
@@ -104,7 +107,7 @@ def test_help_names_every_setting(command, capsys):
         *("population", "generations", "elites", "tournament", "max-terms", "run-seed", "tasks"),
         *("seeds", "steps", "batch-size", "train-samples", "comparison-seeds", "threads"),
         *("validation-samples", "finalists", "plateau", "refine", "precision", "audit", "parity"),
-        *("device", "preset", "out", "data-dir", "workers"),
+        *("device", "preset", "out", "data-dir", "workers", "catalogue", "terms"),
     ):
         assert f"--{option} " in text
     for switch in ("hurdle", "race", "rotate-seeds"):
@@ -435,7 +438,7 @@ def test_compare_all_is_every_name_once(monkeypatch, tmp_path):
     script.run(script.parse(["adam", "all", *COMPARE]))
     script.run(script.parse([*COMPARE, "--tune", "3", "--precision", "float32"]))
     everything, default = contests
-    assert set(everything.optimizers) == {*zoo.GENOMES, *BASELINES}
+    assert set(everything.optimizers) == {*zoo.GENOMES, *zoo.WIDE, *BASELINES}
     assert next(iter(everything.optimizers)) == "adam"
     assert everything.optimizers["lion"] == BASELINES["lion"]
     assert (everything.trials, everything.conditions.validation_samples) == (0, 0)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from evokernels import Genome, Term, zoo
 from evokernels.compiler.schedule import learning_rate_factor
 from evokernels.errors import EvokernelsError, GenomeError
+from evokernels.genome import CATALOGUES
 
 # Field and default, in the order of the source system.
 DEFAULTS = {
@@ -37,7 +38,12 @@ DEFAULTS = {
 }
 FLAGS = [name for name, default in DEFAULTS.items() if isinstance(default, bool)]
 
-TERMS = ["GRAD", "MOMENTUM", "RMS_NORM", "ADAM_TERM", "SIGN_GRAD", "SQRT_GRAD", "NESTEROV"]
+CLASSIC = ["GRAD", "MOMENTUM", "RMS_NORM", "ADAM_TERM", "SIGN_GRAD", "SQRT_GRAD", "NESTEROV"]
+TERMS = [
+    *CLASSIC,
+    *("SIGN_MOMENTUM", "LION", "CAUTIOUS_MOMENTUM", "CAUTIOUS_ADAM"),
+    *("BELIEF", "TANH_GRAD", "RMS_ABS"),
+]
 
 # Every field at another value than its default.
 OTHER = {
@@ -114,6 +120,8 @@ def test_terms_by_name_code_and_member(code, name):
 
 def test_there_are_no_terms_beyond_the_table():
     assert [term.name for term in Term] == TERMS
+    assert [term.name for term in CATALOGUES["classic"]] == CLASSIC
+    assert CATALOGUES["wide"] == tuple(Term)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +211,7 @@ def test_an_invalid_value_is_named_with_its_field_and_what_is_allowed(name, valu
         ({"alphas": ["1"]}, "alphas must be a number in [-1e+06, 1e+06], got '1'"),
         ({"term_types": ["ADAM"]}, "term_types holds 'ADAM'"),
         ({"term_types": ["grad"]}, "term_types holds 'grad'"),
-        ({"term_types": [7]}, "term_types holds 7"),
+        ({"term_types": [99]}, "term_types holds 99"),
         ({"term_types": [-1]}, "term_types holds -1"),
         ({"term_types": [True]}, "term_types holds True"),
         ({"term_types": [0.0]}, "term_types holds 0.0"),
@@ -481,7 +489,12 @@ def test_the_zoo_lists_its_genomes():
         "evolved_2025": zoo.evolved_2025,
         "evolved_2026": zoo.evolved_2026,
     } == zoo.GENOMES
-    assert len(set(zoo.GENOMES.values())) == 6
+    assert list(zoo.WIDE.items()) == [
+        ("lion", zoo.lion),
+        ("adabelief", zoo.adabelief),
+        ("cautious_adam", zoo.cautious_adam),
+    ]
+    assert len({*zoo.GENOMES.values(), *zoo.WIDE.values()}) == 9
 
 
 def test_evolved_2026_is_what_the_recorded_run_found():

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from evokernels import zoo
 from evokernels.errors import SettingsError
-from evokernels.genome import Genome, Term
+from evokernels.genome import Genome
 from evokernels.search import operators
 from evokernels.search.genetic import GeneticConfig, GeneticSearch
-from evokernels.search.operators import ALPHA, FLAGS, NUMERIC, RATES
+from evokernels.search.operators import ALPHA, CLASSIC, FLAGS, NUMERIC, RATES
 from evokernels.search.racing import SeedModel, next_bar
 from evokernels.search.score import Score, Status
 
@@ -141,7 +141,7 @@ def test_flags_of_random_genomes_have_the_probabilities_of_the_protocol():
         share = sum(getattr(genome, name) for genome in genomes) / len(genomes)
         assert share == pytest.approx(probability, abs=0.03), name
     terms = [term for genome in genomes for term in genome.term_types]
-    assert all(terms.count(term) / len(terms) == pytest.approx(1 / 7, abs=0.02) for term in Term)
+    assert all(terms.count(term) / len(terms) == pytest.approx(1 / 7, abs=0.02) for term in CLASSIC)
 
 
 def test_no_decay_becomes_the_least_decay_when_it_mutates():

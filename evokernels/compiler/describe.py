@@ -7,6 +7,7 @@ from evokernels.compiler.expr import Average, Constant, Expr, Symbol, substitute
 from evokernels.compiler.linear import linear, linear_expr
 from evokernels.compiler.lower import lower, weighted_terms
 from evokernels.compiler.program import AVERAGES
+from evokernels.compiler.schedule import warms_up
 from evokernels.genome import Genome
 
 __all__ = ["formula"]
@@ -26,6 +27,9 @@ def formula(genome: Genome, *, named: bool = False) -> str:
     if named:
         decay = {} if genome.weight_decay else {terms.weight_decay: Constant(0.0)}
         numbers = {terms.clip: Symbol("clip_value", per_element=False), **decay}
+    # of terms that correct moments themselves
+    for bias, beta in ((terms.bias1, terms.beta1), (terms.bias2, terms.beta2)):
+        numbers[bias] = Symbol(f"(1 - {numbers.get(beta, beta)}^t)", per_element=False)
     lines = _named_schedule(genome) if named else [_schedule(genome)]
     if genome.use_gradient_clipping:
         lines.append(f"g ← {linear_expr(linear(substitute(terms.CLIPPED_GRADIENT, numbers)))}")
@@ -66,7 +70,7 @@ def _schedule(genome: Genome) -> str:
 
 def _named_schedule(genome: Genome) -> list[str]:
     lines = []
-    if genome.use_warmup:
+    if warms_up(genome):
         lines.append("lr_t = lr * min(1, t / warmup_steps)")
     if genome.use_cosine_decay:
         rate = "lr_t" if lines else "lr"

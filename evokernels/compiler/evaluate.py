@@ -6,9 +6,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,29 +16,38 @@ from evokernels.compiler import terms
 from evokernels.compiler.expr import (
     ON_ARRAYS,
     Average,
+    Call,
+    Constant,
     Expr,
     Symbol,
     averages_of,
-    compiled,
-    substitute,
 )
 from evokernels.compiler.program import Program, interpret
 from evokernels.genome import Genome
 
 __all__ = ["reference_step", "reference_update", "run_program"]
 
-# of the catalogue's formulas, which are few
-_compiled = functools.cache(functools.partial(compiled, meanings=ON_ARRAYS))
+Value = Any  # an array, a number, or what else the operations have a meaning for
+
+
+def evaluated(expr: Expr, values: Mapping[str | Average, Value], meanings: Mapping) -> Value:
+    """The value of an expression as it is written, symbols by name."""
+    if isinstance(expr, Call):
+        return meanings[expr.op](*(evaluated(arg, values, meanings) for arg in expr.args))
+    if isinstance(expr, Constant):
+        return expr.value
+    return values[expr if isinstance(expr, Average) else expr.name]
 
 
 def reference_update(
     genome: Genome,
-    tensors: Mapping[str | Average, np.ndarray],
+    tensors: Mapping[str | Average, Value],
     t: int,
     lr_factor: float = 1.0,
     gradient_factor: float = 1.0,
     training_steps: float = math.inf,
-) -> dict[str | Average, np.ndarray]:
+    meanings: Mapping[str, Callable] = ON_ARRAYS,
+) -> dict[str | Average, Value]:
     """One step of a genome on float64 arrays of one shape, straight from the definition.
 
     Args:
@@ -48,24 +57,24 @@ def reference_update(
         lr_factor: what the schedule makes of the learning rate (`learning_rate_factor`).
         gradient_factor: what the gradient is multiplied with before anything else.
         training_steps: what `progress` is a part of.
+        meanings: of the operations, for something else than arrays.
 
     Returns:
         The new ones, without "g"; a moment that the genome does not use is returned as it came.
     """
-    values = {name: tensors[name] for name in "pgmv"}
+    values: dict[str | Average, Value] = {name: tensors[name] for name in "pgmv"}
     values.update(terms.genome_scalars(genome, t, lr_factor, training_steps))
     values["gradient_factor"] = gradient_factor
-    zero = np.zeros_like(values["p"])
 
-    def value(formula: Expr) -> np.ndarray:
-        return _compiled(formula)(**values)[0]
+    def value(formula: Expr) -> Value:
+        return evaluated(formula, values, meanings)
 
     with np.errstate(all="ignore"):
         values["m_before"] = values["m"]
         values["g"] = value(terms.SCALED_GRADIENT)
         if genome.use_gradient_clipping:
             values["g"] = value(terms.CLIPPED_GRADIENT)
-        new: dict[str | Average, np.ndarray] = {name: values[name] for name in "mv"}
+        new: dict[str | Average, Value] = {name: values[name] for name in "mv"}
         if genome.use_m:
             values["m"] = new["m"] = value(terms.FIRST_MOMENT)
         else:
@@ -77,26 +86,20 @@ def reference_update(
         values["m_hat"] = value(terms.CORRECTED_M) if genome.use_m else values["m"]
         values["v_hat"] = value(terms.CORRECTED_V) if genome.use_v else values["v"]
         own = [terms.formula_of(term) for term in genome.term_types]
-        averages = list(
-            dict.fromkeys(average for formula in own for average in averages_of(formula))
-        )
-        places = {average: Symbol(f"average{i}", True) for i, average in enumerate(averages)}
-        for average, place in places.items():
-            moving = terms.averaged(average.beta, place, average.value)
-            values[place.name] = tensors.get(average, zero)
-            new[average] = value(moving)
-        for average, place in places.items():
-            corrected = place / terms.bias_of(average.beta)
-            values[place.name] = new[average]
+        averages = {average for formula in own for average in averages_of(formula)}
+        for average in averages:
+            before = Symbol("before", per_element=True)
+            values["before"] = tensors.get(average, 0.0)
+            new[average] = value(terms.averaged(average.beta, before, average.value))
+        for average in averages:
+            values[average] = new[average]
             if genome.use_bias_correction:
-                values[place.name] = value(corrected)
+                values[average] = value(average / terms.bias_of(average.beta))
         if genome.use_bias_correction:
             values["m"], values["v"] = values["m_hat"], values["v_hat"]
         weighted = [(1.0, terms.DECAY)] if genome.weight_decay else []
-        weighted += zip(
-            genome.alphas, (substitute(formula, places) for formula in own), strict=True
-        )
-        update = sum((alpha * value(f) for alpha, f in weighted if alpha), zero)
+        weighted += zip(genome.alphas, own, strict=True)
+        update = sum((alpha * value(f) for alpha, f in weighted if alpha), 0.0)
         return {"p": values["p"] - values["lr"] * update, **new}
 
 

@@ -247,14 +247,14 @@ ON_ARRAYS = {name: op.meaning for name, op in OPS.items()}
 _ON_FLOATS = {
     **ON_ARRAYS,
     **{name: _on_a_float(OPS[name].meaning) for name in ("exp", "log1p", "tanh", "where")},
-    "div": "{0} / {1} if {1} else divided_by_zero({0}, {1})",  # where Python raises an error
-    "divided_by_zero": _on_a_float(np.divide),
     "sqrt": lambda x: math.sqrt(x) if x >= 0 else math.nan,
     "expm1": math.expm1,
     "cospi": lambda x: math.cos(math.pi * x),
     "min": "{0} if {0} < {1} else {1}",
     "max": "{0} if {0} > {1} else {1}",
 }
+# Python raises an error there, which costs nothing until it happens.
+_DIVIDED_BY_ZERO = _on_a_float(np.divide)
 
 
 def compiled(
@@ -276,11 +276,18 @@ def compiled(
     # others may come along: callers pass all they have
     by_keyword = ["*", *sorted(symbol.name for symbol in others)] if others else []
     names = [*(symbol.name for symbol in parameters), *by_keyword, "**_"]
-    source = f"def function({', '.join(names)}):\n"
-    source += "".join(f"    {line.target} = {_python(line, meanings)}\n" for line in lines)
-    source += f"    return [{', '.join(results)}]\n"
-    namespace: dict[str, Any] = dict(meanings)
-    exec(source, namespace)
+    namespace: dict[str, Any] = {**meanings, "divide": _DIVIDED_BY_ZERO}
+
+    def body(meanings: Mapping[str, Callable | str]) -> str:
+        text = "".join(f"        {line.target} = {_python(line, meanings)}\n" for line in lines)
+        return f"{text}        return [{', '.join(results)}]\n"
+
+    exec(
+        f"def function({', '.join(names)}):\n"
+        f"    try:\n{body(meanings)}"
+        f"    except ZeroDivisionError:\n{body({**meanings, 'div': 'divide({0}, {1})'})}",
+        namespace,
+    )
     return namespace["function"]
 
 

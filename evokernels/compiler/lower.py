@@ -39,8 +39,8 @@ __all__ = [
     "RATE",
     "Rule",
     "assemble",
+    "kept_average",
     "lower",
-    "unused_moments",
     "update_of",
     "weighted_terms",
 ]
@@ -122,23 +122,23 @@ def weighted_terms(
     total: Expr = terms.DECAY
     for term, alpha in zip(genome.term_types, genome.alphas, strict=True):
         total = total + alpha * terms.formula_of(term)
-    unused = unused_moments(genome)
-    within = {terms.m_hat: terms.CORRECTED_M, terms.v_hat: terms.CORRECTED_V, **unused}
-    averages = {
-        each: average(Average(substitute(each.value, within), each.beta))
-        for each in averages_of(total)
-    }
-    return substitute(total, {**moments, **within, **averages})
+    averages = {each: average(kept_average(genome, each)) for each in averages_of(total)}
+    return substitute(total, {**moments, **_moments_within(genome), **averages})
 
 
-def unused_moments(genome: Genome) -> dict[Symbol, Expr]:
-    """What stands in for the moments that a genome does not use."""
-    unused: dict[Symbol, Expr] = {}
+def kept_average(genome: Genome, average: Average) -> Average:
+    """What a genome keeps as an average of one of its terms."""
+    return substitute(average, _moments_within(genome))
+
+
+def _moments_within(genome: Genome) -> dict[Symbol, Expr]:
+    """What averages see in place of moments: the moments themselves, if the genome uses them."""
+    seen: dict[Symbol, Expr] = {terms.m_hat: terms.CORRECTED_M, terms.v_hat: terms.CORRECTED_V}
     if not genome.use_m:
-        unused.update(dict.fromkeys((terms.m, terms.m_hat, terms.m_before), terms.UNUSED_M))
+        seen.update(dict.fromkeys((terms.m, terms.m_hat, terms.m_before), terms.UNUSED_M))
     if not genome.use_v:
-        unused.update(dict.fromkeys((terms.v, terms.v_hat), terms.UNUSED_V))
-    return unused
+        seen.update(dict.fromkeys((terms.v, terms.v_hat), terms.UNUSED_V))
+    return seen
 
 
 def assemble(
@@ -269,7 +269,9 @@ class _Assembler:
     ) -> str:
         """A sum of atoms, each times its number, and of `total` if there is one."""
         weights = dict(weights)
-        total = weights.pop(ONE, total)
+        one = weights.pop(ONE, None)
+        if one is not None:
+            total = self.line("add", total, one) if total else one
         for atom, weight in weights.items():
             value = self.atom(atom)
             total = self.line(fma, weight, value, total) if total else self.line(mul, weight, value)

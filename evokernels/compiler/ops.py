@@ -2,9 +2,9 @@
 
 ``meaning`` defines the operation, NaN and infinity included: the interpreter runs it on float64
 (Python floats and NumPy arrays alike) and every other spelling is tested against it. In ``c``,
-which CUDA C++ shares, ``{f}`` is the suffix of the C library function (``f`` for float, nothing
-for double); ``triton`` may use the functions of ``kernels/triton_language.py``. Operands are
-always names, so a spelling may repeat them.
+which CUDA C++ shares, ``{f}`` is the suffix of functions of the C library and of
+``csrc/functions.h`` (``f`` for float, nothing for double); ``triton`` may use the functions of
+``kernels/triton_language.py``. Operands are always names, so a spelling may repeat them.
 """
 
 import operator
@@ -63,9 +63,10 @@ OPS = {
         "tl.where({0} > {1}, {0}, {1})",
         "max({0}, {1})",
     ),
-    "exp": Op(1, np.exp, "exp{f}({0})", "exponential({0})", "exp({0})"),
-    "log1p": Op(1, np.log1p, "log1p{f}({0})", "log1p({0})", "log1p({0})"),
-    "tanh": Op(1, np.tanh, "tanh{f}({0})", "tanh({0})", "tanh({0})"),
+    # of csrc/functions.h: calls of the C library keep loops from being vectorised
+    "exp": Op(1, np.exp, "evk_exp{f}({0})", "exponential({0})", "exp({0})"),
+    "log1p": Op(1, np.log1p, "evk_log1p{f}({0})", "log1p({0})", "log1p({0})"),
+    "tanh": Op(1, np.tanh, "evk_tanh{f}({0})", "tanh({0})", "tanh({0})"),
     # {2} where {0} is above {1}, else {3}; where they cannot be compared NaN, which stays in sight
     "where": Op(
         4,

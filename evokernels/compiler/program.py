@@ -10,10 +10,13 @@ from typing import Any
 from evokernels.compiler.expr import Line
 from evokernels.compiler.ops import OPS
 
-__all__ = ["AVERAGES", "Program", "interpret"]
+__all__ = ["AVERAGES", "OPERANDS", "Program", "interpret"]
 
 # The operands of the averages that terms keep: as many as a kernel has room for.
 AVERAGES = ("a0", "a1", "a2", "a3")
+
+# The tensors of a parameter: their order in all tables, which random bits depend on too.
+OPERANDS = ("p", "g", "m", "v", *AVERAGES)
 
 
 @dataclass(frozen=True)

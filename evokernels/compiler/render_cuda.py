@@ -7,6 +7,7 @@ stores and launches are in ``csrc/``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 from evokernels.compiler import schedule, terms
@@ -14,7 +15,7 @@ from evokernels.compiler.expr import Line, assignments
 from evokernels.compiler.linear import Monomial
 from evokernels.compiler.spelling import DTYPES, Kind, assignment, indented
 from evokernels.compiler.structure import Structure, value_of
-from evokernels.compiler.words import CHUNK, DENSE, GROUP, HEADER, OPERANDS, TENSOR
+from evokernels.compiler.words import CHUNK, DENSE, GROUP, HEADER, OPERANDS, STATES, TENSOR
 
 __all__ = ["THREADS", "render_cuda"]
 
@@ -26,6 +27,12 @@ _WARP = 32
 _VECTOR_BYTES = 16
 
 _TYPES = {"int64": "int64_t", "uint64": "uint64_t", "float64": "double", "pointer": "void *"}
+
+# Fields that follow one another, which kernels index.
+_ARRAYS = {
+    **dict.fromkeys(STATES, "states"),
+    **{f"{operand}_layout": "layouts" for operand in OPERANDS},
+}
 
 _FORMATS = {
     "float32": "Float32",
@@ -50,7 +57,9 @@ def render_cuda(kinds: Sequence[Kind], words: int) -> str:
         "EVK_THREADS": THREADS,
         "EVK_WARP": _WARP,
         "EVK_DENSE": f"({DENSE})",
-        **{f"EVK_OPERAND_{name.upper()}": place for place, name in enumerate(OPERANDS)},
+        **{f"EVK_OPERAND_{name.upper()}": OPERANDS.index(name) for name in "pg"},
+        "EVK_FIRST_STATE": OPERANDS.index(STATES[0]),
+        "EVK_STATES": max(len(structure.program.state) for structure in structures),
         "EVK_PRODUCTS": max(len(structure.products) for structure in structures),
         "EVK_SCALARS": max(len(structure.sums) for structure in structures),
     }
@@ -84,11 +93,10 @@ def _records(words: int) -> str:
 
 
 def _struct(name: str, fields: Mapping[str, str]) -> str:
-    return (
-        f"struct {name} {{\n"
-        f"{indented(1, (f'{_TYPES[type_]} {field};' for field, type_ in fields.items()))}"
-        "};\n"
-    )
+    members = [f"{_TYPES[type_]} {_ARRAYS.get(field, field)}" for field, type_ in fields.items()]
+    counted = ((member, len(list(same))) for member, same in itertools.groupby(members))
+    lines = (f"{member}{f'[{count}]' if count > 1 else ''};" for member, count in counted)
+    return f"struct {name} {{\n{indented(1, lines)}}};\n"
 
 
 def _structure(name: str, structure: Structure) -> str:
@@ -146,25 +154,32 @@ def _kind(name: str, kind: Kind, structure: str) -> str:
     program = kind.structure.program
     real = DTYPES[kind.parameter].real
     sizes = (DTYPES[dtype].bytes for dtype in kind.stored)
-    has = {moment: str(moment in program.state).lower() for moment in "mv"}
-    body, read = [], set()
+    operands = [str(OPERANDS.index(state)) for state in program.state]
+    body = [f"const {real} {state} = states[{i}];" for i, state in enumerate(program.state)]
+    places = {"p": "p", **{state: f"states[{i}]" for i, state in enumerate(program.state)}}
+    read = set()
     for line in program.lines:  # numbers where they are needed: registers are scarce
         for i, role in enumerate(program.scalars):
             if f"k{i}" in line.args and i not in read:
                 read.add(i)
                 body.append(f"const {real} k{i} = k[{i}]; /* {role} */")
         body.append(assignment(line, real))
-    results = (f"{value} = {result};" for value, result in program.results)
+    results = (f"{places[value]} = {result};" for value, result in program.results)
     return (
         f"struct {name} {{\n"
         f"    using Structure = {structure};\n"
         f"    using Real = {real};\n"
         f"    using Parameter = {_format(kind.parameter, kind.stochastic)};\n"
         f"    using State = {_format(kind.state, kind.stochastic)};\n"
-        f"    static constexpr bool M = {has['m']}, V = {has['v']};\n"
         f"    static constexpr int WIDTH = {_VECTOR_BYTES // min(sizes)};\n"
+        "    /* how many states there are, and places in arrays of them: no array is empty */\n"
+        f"    static constexpr int STATES = {len(operands)}, ROOM = {max(1, len(operands))};\n"
+        "    EVK_INLINE constexpr int operand(int state) {\n"
+        f"        constexpr int operands[] = {{{', '.join(operands or '0')}}};\n"
+        "        return operands[state];\n"
+        "    }\n"
         "    template <typename Scalars>\n"
-        "    EVK_INLINE void update(const Scalars &k, Real &p, Real g, Real &m, Real &v) {\n"
+        "    EVK_INLINE void update(const Scalars &k, Real &p, Real g, Real (&states)[ROOM]) {\n"
         f"{indented(2, body)}"
         f"{indented(2, results)}"
         "    }\n"

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from evokernels.compiler.describe import formula
 from evokernels.compiler.expr import Expr, symbols_of
 from evokernels.compiler.lower import Rule, lower
+from evokernels.compiler.schedule import warms_up
 from evokernels.compiler.spelling_torch import WIDTH, list_lines, tensor_lines
 from evokernels.compiler.statements import Statement, statements_of
 from evokernels.compiler.torch_template import FILE, HELPERS, MOMENTS
@@ -90,8 +91,7 @@ def _numbers(statement: Statement) -> Iterable[Expr]:
 
 def _options(genome: Genome, read: set[str]) -> list[_Option]:
     """What the rule has, besides `maximize` and `foreach`."""
-    warms_up = genome.use_warmup and genome.warmup_steps > 1
-    scheduled = warms_up or genome.use_cosine_decay
+    scheduled = warms_up(genome) or genome.use_cosine_decay
     options = {
         "lr": (
             "float | Tensor",
@@ -116,7 +116,7 @@ def _options(genome: Genome, read: set[str]) -> list[_Option]:
         "eps": "eps" in read,
         "weight_decay": "weight_decay" in read,
         "clip_value": "clip" in read,
-        "warmup_steps": warms_up,
+        "warmup_steps": warms_up(genome),
         "total_steps": genome.use_cosine_decay or "progress" in read,
     }
     return [
@@ -185,7 +185,7 @@ def _rates(genome: Genome, read: set[str]) -> Iterable[str]:
             if {f"beta{i}", f"bias{i}"} & read:
                 yield f'beta{i} = group["betas"][{i - 1}]'
     yield 'lr = float(group["lr"])'
-    if genome.use_warmup and genome.warmup_steps > 1:
+    if warms_up(genome):
         yield 'lr *= min(1.0, t / group["warmup_steps"])'
     if genome.use_cosine_decay:
         yield 'past = min(t - 1, group["total_steps"]) / group["total_steps"]'

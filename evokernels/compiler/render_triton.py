@@ -1,7 +1,7 @@
 """Kinds → Triton: the update of an element, the scalars of a step, and the choice among kinds.
 
-The text goes behind that of ``kernels/triton_language.py``, whose functions it uses and which has
-everything else: loops over chunks and elements, formats, random bits.
+The text goes behind those of ``kernels/triton_language.py``, which has everything else (loops over
+chunks and elements, formats, random bits), and of ``kernels/triton_functions.py``.
 """
 
 from __future__ import annotations
@@ -11,12 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from evokernels.compiler.expr import Line, assignments
 from evokernels.compiler.ops import OPS
 from evokernels.compiler.spelling import DTYPES, Kind
-from evokernels.compiler.structure import (
-    Structure,
-    value_of,
-)
+from evokernels.compiler.structure import Structure, value_of
 from evokernels.compiler.terms import GROUP_INPUTS, STEP_INPUTS, base_lr
-from evokernels.compiler.words import GROUP
+from evokernels.compiler.words import GROUP, OPERANDS, STATES
 
 __all__ = ["render_module", "room_for_numbers", "vector_length"]
 
@@ -142,14 +139,14 @@ def _numbers(structure: Structure, name: str) -> str:
 def _update(kind: Kind, place: int) -> str:
     """The function that updates elements."""
     program = kind.structure.program
-    dtypes = {"p": kind.parameter, "g": kind.parameter, "m": kind.state, "v": kind.state}
+    dtypes = {**dict.fromkeys("pg", kind.parameter), **dict.fromkeys(program.state, kind.state)}
 
     def load(value: str) -> str:
         return f"{value} = load({value}_at, inside, tl.{dtypes[value]}, tl.{kind.arithmetic})"
 
     def store(value: str, result: str) -> str:
         if kind.stochastic and dtypes[value] == "bfloat16":
-            random = f"draw(where, {value.upper()}_DRAWS, stream, tile)"
+            random = f"draw(where, {OPERANDS.index(value)}, stream, tile)"
             return f"store_stochastically({value}_at, inside, {result}, {random})"
         return f"store({value}_at, inside, {result}, tl.{dtypes[value]})"
 
@@ -166,6 +163,7 @@ def _update(kind: Kind, place: int) -> str:
 
     scalars = {f"k{i}": (i, role) for i, role in enumerate(program.scalars)}
     lines = [
+        *(f"{state}_at = states_at[{i}]" for i, state in enumerate(program.state)),
         *map(load, program.inputs),
         f"tl.store(g_at, tl.zeros([tile], {_memory_type(kind.parameter)}), mask=inside & clear)",
         *(text for line in program.lines for text in assignment(line)),
@@ -173,16 +171,18 @@ def _update(kind: Kind, place: int) -> str:
     return (
         "@triton.jit\n"
         f"def update_{place}(\n"
-        "    p_at, g_at, m_at, v_at, inside, clear, numbers, draw: tl.constexpr, where, stream,\n"
+        "    p_at, g_at, states_at, inside, clear, numbers, draw: tl.constexpr, where, stream,\n"
         "    tile: tl.constexpr,\n"
         f"):\n{_indented(lines)}"
     )
 
 
 def _how(kind: Kind, place: int) -> str:
-    """The function that updates elements of a kind, as what they are read, and how many at once."""
+    """The function that updates elements of a kind, as what they are read, which states there are,
+    and how many elements at once."""
     memory = _memory_type(kind.parameter), _memory_type(kind.state)
-    return f"update_{place}, {', '.join(memory)}, {vector_length(kind)}"
+    states = tuple(map(STATES.index, kind.structure.program.state))
+    return f"update_{place}, {', '.join(memory)}, {states}, {vector_length(kind)}"
 
 
 def vector_length(kind: Kind) -> int:

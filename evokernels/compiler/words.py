@@ -7,9 +7,10 @@ has one block of words: `HEADER`, then a `GROUP` for each group, then the addres
 
 from __future__ import annotations
 
+from evokernels.compiler.program import AVERAGES
 from evokernels.compiler.terms import GROUP_INPUTS
 
-__all__ = ["CHUNK", "DENSE", "GROUP", "HEADER", "OPERANDS", "TENSOR"]
+__all__ = ["CHUNK", "DENSE", "GROUP", "HEADER", "OPERANDS", "STATES", "TENSOR"]
 
 # Field → "int64", "uint64", "float64" or "pointer".
 HEADER = {
@@ -37,18 +38,19 @@ GROUP = {
     **{symbol.name: "float64" for symbol in GROUP_INPUTS},
 }
 
-# The place of each operand in arrays of four, and what it draws its random bits with.
-OPERANDS = ("p", "g", "m", "v")
+# What a rule may keep of each element, averages of its own last.
+STATES = ("m", "v", *AVERAGES)
+# The place of each operand in arrays, and what it draws its random bits with.
+OPERANDS = ("p", "g", *STATES)
 
 TENSOR = {
     "p": "pointer",
-    "m": "pointer",  # 0 where the rule keeps none
-    "v": "pointer",
+    **dict.fromkeys(STATES, "pointer"),  # 0 where the rule keeps none
     "elements": "int64",
     "kind": "int64",  # which of the kernel's update functions
     "group": "int64",  # within the launch
     "weights": "int64",  # where those of its group begin
-    "aligned": "int64",  # whether p, m and v are dense and begin at multiples of 16 bytes
+    "aligned": "int64",  # whether all but g are dense and begin at multiples of 16 bytes
     "seed": "uint64",  # of stochastic rounding
     "position": "int64",
     # where each operand's layout is in the table, `DENSE` if it has none

@@ -172,7 +172,7 @@ class RunSettings(TrainingSettings):
     @property
     def parity(self) -> bool:
         """The test split selects, no run but a diverged one is cut short, and there is no search
-        but the genetic one."""
+        but the genetic one, among the source system's terms."""
         return not (
             self.conditions.validation_samples
             or self.conditions.hurdle
@@ -180,6 +180,8 @@ class RunSettings(TrainingSettings):
             or self.rotate_seeds
             or self.finalists > 1
             or self.refine
+            or self.search.catalogue != "classic"
+            or self.search.own_terms
         )
 
     def training_seeds(self, generation: int) -> tuple[int, ...]:

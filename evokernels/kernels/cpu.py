@@ -1,19 +1,25 @@
-"""The CPU backend: cover kernels built with the package, one native call for the whole model."""
+"""The CPU backend: one native call for the whole model.
+
+Its kernels are covers, which were built with the package, and for rules that none of them serves
+those of `own_kernels`.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from evokernels.compiler.covers import find_cover
 from evokernels.compiler.program import Program
 from evokernels.compiler.render_c import STORED, cover_symbol
+from evokernels.errors import BackendError
 from evokernels.kernels import native
 from evokernels.kernels.memory import lies_densely, memory_order, overlaps_itself
+from evokernels.kernels.own_kernels import OwnKernels, compiler_name, own_kernels
 from evokernels.kernels.plan import (
     ARITHMETIC,
     BoundTensor,
@@ -27,22 +33,34 @@ __all__ = ["CpuBackend", "CpuPlan"]
 
 
 class CpuBackend:
-    """Every rule over the built-in catalogue, for all four element types."""
+    """Every rule, for all four element types; where no cover serves it, with a C compiler."""
 
     name = "cpu"
     fused = True
 
     def why_not(self, program: Program, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Other devices, rules beyond the covers, or a library that does not load."""
+        """Other devices, a library that does not load, or no kernel and no compiler to make one.
+
+        A rule that no cover serves is compiled here, with moments of the arithmetic type.
+        """
         if device.type != "cpu":
             return f"it runs on the CPU, the tensors are on {device}"
+        if reason := native.why_not():
+            return reason
         if find_cover(program) is None:
-            return "no kernel that was built with the package covers this rule"
-        return native.why_not()
+            try:
+                own_kernels(program, _name(dtype), _name(ARITHMETIC[dtype]))
+            except BackendError as error:
+                return str(error)
+        return None
 
     def kernel(self, program: Program, dtype: torch.dtype) -> str:
-        """Name and instruction set."""
-        return f"{_symbol(program, dtype, ARITHMETIC[dtype])} ({native.instruction_set()})"
+        """Its name, or who has compiled it, and the instruction set."""
+        cover = find_cover(program)
+        if cover is None:
+            return f"compiled here by {compiler_name()}, {native.instruction_set()}"
+        symbol = cover_symbol(cover, _name(dtype), _name(ARITHMETIC[dtype]))
+        return f"{symbol} ({native.instruction_set()})"
 
     def bind(self, tensors: Sequence[BoundTensor]) -> CpuPlan:
         """A plan over these tensors."""
@@ -66,7 +84,7 @@ class CpuPlan:
         self._records = (native.TensorRecord * count)(*map(_record, tensors))
         for record, layouts in zip(self._records, self._layouts, strict=True):
             for name, layout in layouts.items():
-                record.layouts[native.OPERANDS[name]] = layout.pointer
+                record.layouts[native.PLACES[name]] = layout.pointer
         self._gradient_keys: list[tuple | None] = [None] * count
         self._updated: list[torch.Tensor] = []  # parameters that have a gradient
         self._rows = (ctypes.c_int32 * count)()
@@ -147,7 +165,7 @@ class CpuPlan:
             layout = None if dense else native.LayoutTable(gradient, self._orders[i])
             record, kernels = self._records[i], self._kernels[i]
             self._layouts[i]["g"] = layout  # keeps the memory to which the record points
-            record.layouts[native.OPERANDS["g"]] = layout and layout.pointer
+            record.layouts[native.PLACES["g"]] = layout and layout.pointer
             record.gradient_overlaps = overlaps_itself(gradient)
             record.staged = kernels.direct is None or not dense
             record.kernel = kernels.staged if record.staged else kernels.direct
@@ -165,23 +183,35 @@ class _Kernels:
         direct: reads and writes the tensors themselves, if their gradient lies as they do; None
             where that cannot be.
         staged: reads and writes buffers of the arithmetic type.
+        own: what holds them in memory, if they are not the package's own.
     """
 
     direct: int | None
     staged: int
+    own: OwnKernels | None = None
 
     @classmethod
     def of(cls, bound: BoundTensor, order: Sequence[int]) -> _Kernels:
         dtype, moments = bound.parameter.dtype, bound.moments.values()
-        arithmetic = ARITHMETIC[dtype]
-        staged = native.kernel_address(_symbol(bound.program, arithmetic, arithmetic))
-        states = {moment.dtype for moment in moments} or {arithmetic}
-        stored = (_name(dtype), *map(_name, states))
+        states = {moment.dtype for moment in moments} or {ARITHMETIC[dtype]}
+        kernels = cls._for(bound.program, dtype, *states)
         stochastic = bound.rounding and torch.bfloat16 in {dtype, *states}
         dense = all(lies_densely(tensor, order) for tensor in (bound.parameter, *moments))
-        if stored not in STORED or stochastic or not dense:
-            return cls(None, staged)
-        return cls(native.kernel_address(_symbol(bound.program, dtype, *states)), staged)
+        return kernels if dense and not stochastic else replace(kernels, direct=None)
+
+    @classmethod
+    def _for(cls, program: Program, dtype: torch.dtype, state: torch.dtype) -> _Kernels:
+        stored = _name(dtype), _name(state)
+        cover = find_cover(program)
+        if cover is None:
+            own = own_kernels(program, *stored)
+            return cls(own.direct, own.staged, own)
+        staged = (_name(ARITHMETIC[dtype]),) * 2
+        direct, staged = (
+            native.kernel_address(cover_symbol(cover, *pair)) if pair in STORED else None
+            for pair in (stored, staged)
+        )
+        return cls(direct, staged)
 
 
 class _NumbersTable:
@@ -192,10 +222,11 @@ class _NumbersTable:
         self._known, self._picks, self._scalars = [], [], []
         for program in self._programs:
             cover = find_cover(program)
-            absent = [role for role in cover.program.scalars if role not in program.scalars]
+            taken = program.scalars if cover is None else cover.program.scalars
+            absent = [role for role in taken if role not in program.scalars]
             roles = [*program.scalars, *absent]
-            order = [roles.index(role) for role in cover.program.scalars]
-            self._known.append([cover.absent[role] for role in absent])
+            order = [roles.index(role) for role in taken]
+            self._known.append([cover.absent[role] for role in absent] if cover else [])
             self._picks.append(operator.itemgetter(*order))
             self._scalars.append((ctypes.c_double * len(order))())
         records = (native.NumbersRecord * len(numbers))(
@@ -211,7 +242,7 @@ class _NumbersTable:
         )
 
     def write(self, numbers: Sequence[Numbers]) -> None:
-        """Values for the scalars of each row's cover."""
+        """Values for the scalars of each row's kernel."""
         for i, (_, values, t) in enumerate(numbers):
             self._scalars[i][:] = self._picks[i]((*values, *self._known[i]))
             self._records[i].t = t
@@ -222,12 +253,14 @@ def _record(bound: BoundTensor) -> native.TensorRecord:
     parameter, rounding = bound.parameter, bound.rounding
     tensors = {"p": parameter, **bound.moments}
     record = native.TensorRecord(
-        elements=parameter.numel(), float64=ARITHMETIC[parameter.dtype] == torch.float64
+        elements=parameter.numel(),
+        operands=1 + max(native.PLACES[name] for name in ("v", *tensors)),
+        float64=ARITHMETIC[parameter.dtype] == torch.float64,
     )
     for name, tensor in tensors.items():
-        record.tensors[native.OPERANDS[name]] = tensor.data_ptr()
-        record.formats[native.OPERANDS[name]] = native.FORMATS[tensor.dtype]
-    record.formats[native.OPERANDS["g"]] = native.FORMATS[parameter.dtype]
+        record.tensors[native.PLACES[name]] = tensor.data_ptr()
+        record.formats[native.PLACES[name]] = native.FORMATS[tensor.dtype]
+    record.formats[native.PLACES["g"]] = native.FORMATS[parameter.dtype]
     if rounding:
         record.stochastic, record.seed, record.position = True, rounding.seed, rounding.position
     return record
@@ -240,11 +273,6 @@ def _layouts(bound: BoundTensor, order: Sequence[int]) -> dict[str, native.Layou
         for name, tensor in {"p": bound.parameter, **bound.moments}.items()
         if not lies_densely(tensor, order)
     }
-
-
-def _symbol(program: Program, dtype: torch.dtype, state: torch.dtype) -> str:
-    """The name of the kernel in the native library."""
-    return cover_symbol(find_cover(program), _name(dtype), _name(state))
 
 
 def _name(dtype: torch.dtype) -> str:

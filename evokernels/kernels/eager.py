@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 
@@ -39,6 +40,13 @@ def _weigh_add(weight: float, x: torch.Tensor, total: Value) -> Value:
     return _fma(weight, x, total) if weight != 0 else total
 
 
+def _where(a: Value, b: Value, x: Value, y: Value) -> torch.Tensor:
+    like = next(value for value in (a, b, x, y) if isinstance(value, torch.Tensor))
+    # all of one dtype: torch would take two Python numbers for float32
+    a, b, x, y = (torch.as_tensor(v, dtype=like.dtype, device=like.device) for v in (a, b, x, y))
+    return torch.where(a > b, x, torch.where(a <= b, y, math.nan))
+
+
 # compiler/ops.py, in torch
 _MEANINGS = {
     "add": operator.add,
@@ -50,6 +58,10 @@ _MEANINGS = {
     "sign": _sign,
     "min": lambda a, b: torch.where(a < b, a, b),
     "max": lambda a, b: torch.where(a > b, a, b),
+    "exp": torch.exp,
+    "log1p": torch.log1p,
+    "tanh": torch.tanh,
+    "where": _where,
     "fma": _fma,
     "weigh": _weigh,
     "weigh_add": _weigh_add,

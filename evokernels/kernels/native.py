@@ -9,18 +9,20 @@ from collections.abc import Sequence
 
 import torch  # first, so that the library shares torch's OpenMP runtime and threads
 
+from evokernels.compiler.program import OPERANDS
 from evokernels.errors import BackendError
 from evokernels.kernels.memory import strided_rows
 
 __all__ = [
     "FORMATS",
-    "OPERANDS",
+    "PLACES",
     "Layout",
     "LayoutTable",
     "NoisyRecord",
     "NumbersRecord",
     "Span",
     "TensorRecord",
+    "address_of",
     "has_convolution_weights",
     "instruction_set",
     "kernel_address",
@@ -32,8 +34,8 @@ __all__ = [
 PATH = pathlib.Path(__file__).with_name("libevokernels.so")
 
 
-# The place of each tensor in arrays of four: EVK_P and so on.
-OPERANDS = {"p": 0, "g": 1, "m": 2, "v": 3}
+# The place of each tensor in arrays of operands: EVK_P and so on.
+PLACES = {name: place for place, name in enumerate(OPERANDS)}
 
 # EVK_FLOAT32 and so on.
 FORMATS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -69,12 +71,13 @@ class TensorRecord(ctypes.Structure):
 
     _fields_ = (
         ("kernel", ctypes.c_void_p),
-        ("tensors", ctypes.c_void_p * 4),
-        ("layouts", ctypes.POINTER(Layout) * 4),
+        ("tensors", ctypes.c_void_p * len(OPERANDS)),
+        ("layouts", ctypes.POINTER(Layout) * len(OPERANDS)),
         ("elements", ctypes.c_int64),
         ("seed", ctypes.c_uint64),
         ("position", ctypes.c_uint32),
-        ("formats", ctypes.c_int32 * 4),
+        ("formats", ctypes.c_int32 * len(OPERANDS)),
+        ("operands", ctypes.c_int32),
         ("float64", ctypes.c_int32),
         ("stochastic", ctypes.c_int32),
         ("staged", ctypes.c_int32),
@@ -194,7 +197,12 @@ def has_convolution_weights() -> bool:
 
 def kernel_address(symbol: str) -> int:
     """The address of a kernel by its name."""
-    return ctypes.cast(library()[symbol], ctypes.c_void_p).value
+    return address_of(library(), symbol)
+
+
+def address_of(loaded: ctypes.CDLL, symbol: str) -> int:
+    """Where a function of a library is."""
+    return ctypes.cast(loaded[symbol], ctypes.c_void_p).value
 
 
 def instruction_set() -> str:

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import torch
 
+from evokernels.compiler.program import OPERANDS
 from evokernels.kernels.memory import memory_order
 from evokernels.kernels.plan import Rounding
 
 __all__ = ["philox", "random_bits", "round_to_bfloat16", "round_to_bfloat16_stochastically"]
 
 _MASK = 0xFFFFFFFF
-
-# The order of operands in the native library; each draws bits of its own.
-_OPERANDS = {"p": 0, "m": 2, "v": 3}
 
 
 def round_to_bfloat16(value: torch.Tensor) -> torch.Tensor:
@@ -48,9 +46,10 @@ def random_bits(parameter: torch.Tensor, name: str, rounding: Rounding, t: int) 
         return torch.empty(parameter.shape, dtype=torch.int64, device=parameter.device)
     eighth = torch.arange((count + 7) // 8, dtype=torch.int64, device=parameter.device)
     zeros = torch.zeros_like(eighth)
+    operand = OPERANDS.index(name)  # each draws bits of its own
     counter = (
         eighth & _MASK,
-        eighth >> 32 | _OPERANDS[name] << 30,
+        eighth >> 32 | (operand & 3) << 30 | operand >> 2 << 28,
         zeros + (rounding.position & _MASK),
         zeros + (t & _MASK),
     )

@@ -145,7 +145,7 @@ class _Words:
 
 @functools.cache
 def module_of(rendered: str) -> types.ModuleType:
-    """A rendered module behind the text of triton_language.py, executed."""
+    """A rendered module behind the texts of triton_language.py and its functions, executed."""
     text = f"{_language()}\n\n{rendered}"
     name = f"evokernels_{hashlib.sha256(text.encode()).hexdigest()}"
     # Triton reads the text of functions, tracebacks show it; without a time it is never dropped
@@ -158,4 +158,6 @@ def module_of(rendered: str) -> types.ModuleType:
 
 @functools.cache
 def _language() -> str:
-    return pathlib.Path(__file__).with_name("triton_language.py").read_text(encoding="utf-8")
+    here = pathlib.Path(__file__)
+    names = ("triton_language.py", "triton_functions.py")
+    return "\n\n".join(here.with_name(name).read_text(encoding="utf-8") for name in names)

@@ -1,17 +1,16 @@
 """The shape of the Triton kernels: chunks, vectors, elements, formats, random bits, the end.
 
 `compiler/render_triton.py` writes what differs from rule to rule, and `kernels/triton.py` makes one
-module of both texts: this file is read, not imported, because a decorated function belongs for good
-either to the compiler or to the interpreter. `compiler/words.py` says what the words are, and
-csrc/numeric.h and csrc/random.c what the conversions and random bits must be.
+module of that, this file and `triton_functions.py`. Both are read, not imported, because a
+decorated function belongs for good either to the compiler or to the interpreter.
+`compiler/words.py` says what the words are, and csrc/numeric.h and csrc/random.c what the
+conversions and random bits must be.
 """
-
-import math
 
 import triton
 import triton.language as tl
 
-from evokernels.compiler.words import CHUNK, DENSE, GROUP, HEADER, OPERANDS, TENSOR
+from evokernels.compiler.words import CHUNK, DENSE, GROUP, HEADER, STATES, TENSOR
 
 # Of a block; `kernels/triton.py` launches as many.
 THREADS = tl.constexpr(256)
@@ -19,15 +18,6 @@ THREADS = tl.constexpr(256)
 VECTOR_BYTES = tl.constexpr(16)
 # Every chunk begins at a multiple of it: `SHORTEST_CHUNK` of kernels/launches.py.
 CHUNK_ALIGNMENT = tl.constexpr(1024)
-
-# Taylor's coefficients of sin(pi x) / x and cos(pi x) in powers of x^2, enough for |x| <= 1/4.
-TERMS = tl.constexpr(10)
-SINE, COSINE = (
-    tl.constexpr(
-        tuple((-1) ** n * math.pi**k / math.factorial(k) for n in range(10) for k in [2 * n + odd])
-    )
-    for odd in (1, 0)
-)
 
 
 def _place(field, table):
@@ -59,8 +49,7 @@ BASE_LR = _place("base_lr", GROUP)
 GROUP_WORDS = tl.constexpr(len(GROUP))
 
 P = _place("p", TENSOR)
-M = _place("m", TENSOR)
-V = _place("v", TENSOR)
+FIRST_STATE = _place(STATES[0], TENSOR)  # the others behind it
 KIND = _place("kind", TENSOR)
 TENSOR_GROUP = _place("group", TENSOR)
 TENSOR_WEIGHTS = _place("weights", TENSOR)
@@ -69,8 +58,7 @@ SEED = _place("seed", TENSOR)
 POSITION = _place("position", TENSOR)
 P_LAYOUT = _place("p_layout", TENSOR)
 G_LAYOUT = _place("g_layout", TENSOR)
-M_LAYOUT = _place("m_layout", TENSOR)
-V_LAYOUT = _place("v_layout", TENSOR)
+FIRST_LAYOUT = _place(f"{STATES[0]}_layout", TENSOR)  # of a state, the others behind it
 TENSOR_WORDS = tl.constexpr(len(TENSOR))
 
 CHUNK_TENSOR = _place("tensor", CHUNK)
@@ -79,11 +67,6 @@ CHUNK_END = _place("end", CHUNK)
 CHUNK_WORDS = tl.constexpr(len(CHUNK))
 
 NO_LAYOUT = tl.constexpr(DENSE)
-
-# What operands draw their random bits with.
-P_DRAWS = tl.constexpr(OPERANDS.index("p"))
-M_DRAWS = tl.constexpr(OPERANDS.index("m"))
-V_DRAWS = tl.constexpr(OPERANDS.index("v"))
 
 
 # Words
@@ -135,64 +118,6 @@ def learning_rate(group):
 def gradients_of(words):
     """Where the words with the addresses of the gradients begin."""
     return words + HEADER_WORDS + tl.load(words + GROUP_COUNT) * GROUP_WORDS
-
-
-# Arithmetic, as compiler/ops.py spells it
-
-
-@triton.jit
-def constant(value: tl.constexpr):
-    """A constant of all its digits: a bare one may become float32."""
-    return tl.full((), value, tl.float64)
-
-
-@triton.jit
-def divide(a, b):
-    """Rounded to nearest."""
-    if b.dtype == tl.float64:
-        return a / b
-    else:
-        return tl.div_rn(a, b)
-
-
-@triton.jit
-def root(x):
-    """Rounded to nearest."""
-    if x.dtype == tl.float64:
-        return tl.sqrt(x)
-    else:
-        return tl.sqrt_rn(x)
-
-
-@triton.jit
-def expm1(x):
-    """Kahan's: the errors of u - 1 and log(u), both of the rounded u, cancel."""
-    u = tl.exp(x)
-    near = (u - 1.0) * x / tl.log(u)
-    return tl.where(u == 1.0, x, tl.where(u - 1.0 == -1.0, -1.0, near))
-
-
-@triton.jit
-def polynomial(coefficients: tl.constexpr, x):
-    """The lowest power first."""
-    total = constant(coefficients[TERMS - 1])
-    for i in tl.static_range(2, TERMS + 1):
-        total = tl.fma(total, x, constant(coefficients[TERMS - i]))
-    return total
-
-
-@triton.jit
-def cospi(x):
-    """Taylor's series on an eighth of a turn; exact at multiples of 1/2.
-
-    The library's cosine reduces large arguments with a table in local memory.
-    """
-    turn = x - 2.0 * tl.floor(0.5 * x)  # from 0 to 2, exact
-    y = tl.abs(turn - 1.0) - 0.5  # cos(pi x) = sin(pi y), -1/2 <= y <= 1/2, exact
-    sine = y * polynomial(SINE, y * y)
-    z = 0.5 - tl.abs(y)
-    cosine = polynomial(COSINE, z * z)
-    return tl.where(tl.abs(y) <= 0.25, sine, tl.where(y < 0.0, -cosine, cosine))
 
 
 # Formats
@@ -265,7 +190,7 @@ def philox(eighth, operand: tl.constexpr, stream):
     """Four words for each eight elements. Salmon et al. 2011: Philox4x32-10."""
     seed, position, t = stream
     low = (eighth & 0xFFFFFFFF).to(tl.uint32)
-    high = (eighth >> 32).to(tl.uint32) | (operand << 30)
+    high = (eighth >> 32).to(tl.uint32) | ((operand & 3) << 30 | (operand >> 2) << 28)
     zero = low & 0
     return tl.philox(seed, low, high, zero + position, zero + t)
 
@@ -443,6 +368,7 @@ def update_vectors(
     update: tl.constexpr,
     parameter: tl.constexpr,
     state: tl.constexpr,
+    states: tl.constexpr,
     vector: tl.constexpr,
 ):
     """What of a chunk can be accessed by vectors.
@@ -450,6 +376,7 @@ def update_vectors(
     Args:
         update: rendered.
         parameter, state: as what they are read.
+        states: which ones the rule keeps, of `STATES`.
         vector: elements of the narrower of both in an access.
     """
     chunk = chunk_at(words, number)
@@ -461,17 +388,21 @@ def update_vectors(
     # casts in place: what is said of the result of a call is lost
     p = tl.multiple_of(tl.load(tensor + P).to(tl.pointer_type(parameter)), VECTOR_BYTES) + first
     g = tl.multiple_of(tl.load(gradient).to(tl.pointer_type(parameter)), VECTOR_BYTES) + first
-    m = tl.multiple_of(tl.load(tensor + M).to(tl.pointer_type(state)), VECTOR_BYTES) + first
-    v = tl.multiple_of(tl.load(tensor + V).to(tl.pointer_type(state)), VECTOR_BYTES) + first
+    kept = ()
+    for s in tl.static_range(len(states)):
+        at = tl.load(tensor + (FIRST_STATE + states[s])).to(tl.pointer_type(state))
+        kept = kept + (tl.multiple_of(at, VECTOR_BYTES) + first,)
     tile: tl.constexpr = THREADS * vector
     for done in range(0, whole, tile):
         i = done + tl.arange(0, tile)
         inside = i < whole
+        kept_here = ()
+        for s in tl.static_range(len(states)):
+            kept_here = kept_here + (kept[s] + i,)
         update(
             p + i,
             g + i,
-            m + i,
-            v + i,
+            kept_here,
             inside,
             clear,
             numbers,
@@ -491,6 +422,7 @@ def update_elements(
     update: tl.constexpr,
     parameter: tl.constexpr,
     state: tl.constexpr,
+    states: tl.constexpr,
     vector: tl.constexpr,
 ):
     """The others, one a thread."""
@@ -501,11 +433,15 @@ def update_elements(
     end = tl.load(chunk + CHUNK_END)
     for done in range(0, end - first, THREADS):
         i = first + (done + tl.arange(0, THREADS))
+        kept = ()
+        for s in tl.static_range(len(states)):
+            place = FIRST_STATE + states[s]
+            layout = FIRST_LAYOUT + states[s]
+            kept = kept + (elements_at(words, tensor, place, tensor, layout, i, state),)
         update(
             elements_at(words, tensor, P, tensor, P_LAYOUT, i, parameter),
             elements_at(words, gradient, 0, tensor, G_LAYOUT, i, parameter),
-            elements_at(words, tensor, M, tensor, M_LAYOUT, i, state),
-            elements_at(words, tensor, V, tensor, V_LAYOUT, i, state),
+            kept,
             i < end,
             tl.load(words + CLEAR) != 0,
             numbers,
@@ -525,11 +461,12 @@ def update_chunk(
     update: tl.constexpr,
     parameter: tl.constexpr,
     state: tl.constexpr,
+    states: tl.constexpr,
     vector: tl.constexpr,
 ):
     """All of it."""
-    update_vectors(words, number, t, numbers, update, parameter, state, vector)
-    update_elements(words, number, t, numbers, update, parameter, state, vector)
+    update_vectors(words, number, t, numbers, update, parameter, state, states, vector)
+    update_elements(words, number, t, numbers, update, parameter, state, states, vector)
 
 
 @triton.jit

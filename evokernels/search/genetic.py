@@ -39,9 +39,10 @@ class GeneticConfig:
         generations: generations evaluated, at least 1.
         elites: best genomes that pass on unchanged; fewer than ``population``.
         tournament: genomes drawn for each parent, of which the best wins; 1 to ``population``.
-        max_terms: terms an optimizer may have, at least 1; of no concern to another space, as are
-        catalogue, own_terms: what new optimizers are made of, as `catalogue_terms` has it.
+        max_terms: terms an optimizer may have, at least 1; of no concern to another space.
         seed: names the random streams.
+        catalogue, own_terms: what new optimizers are made of, as `catalogue_terms` has it; of no
+            concern to another space either.
 
     Raises:
         SettingsError: naming the setting, the value given and the values allowed.
@@ -52,9 +53,9 @@ class GeneticConfig:
     elites: int = 3
     tournament: int = 4
     max_terms: int = 4
+    seed: int = 42
     catalogue: str = "classic"
     own_terms: tuple[str, ...] = ()
-    seed: int = 42
 
     def __post_init__(self) -> None:
         catalogue_terms(self.catalogue, self.own_terms)

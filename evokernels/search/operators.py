@@ -12,7 +12,7 @@ import random
 from collections.abc import Sequence
 
 from evokernels import zoo
-from evokernels.genome import Genome, OwnTerm, Term
+from evokernels.genome import CATALOGUES, Genome, OwnTerm, Term
 
 __all__ = [
     "ALPHA",
@@ -82,19 +82,20 @@ FLAGS = {
 RATES = Rates(number=0.35, structure=0.15, flag=0.1, sigma=0.3)
 
 Terms = Sequence[Term | OwnTerm]
+CLASSIC: Terms = CATALOGUES["classic"]
 
 KNOWN = (zoo.sgd_momentum, zoo.adam, zoo.adamw, zoo.rmsprop)
 
 
 def start_population(
-    size: int, max_terms: int, rng: random.Random, terms: Terms
+    size: int, max_terms: int, rng: random.Random, terms: Terms = CLASSIC
 ) -> tuple[Genome, ...]:
     """The four known optimizers, then random genomes; ``size`` genomes in all."""
     strangers = (random_genome(rng, max_terms, terms) for _ in range(size - len(KNOWN)))
     return (*KNOWN[:size], *strangers)
 
 
-def random_genome(rng: random.Random, max_terms: int, terms: Terms) -> Genome:
+def random_genome(rng: random.Random, max_terms: int, terms: Terms = CLASSIC) -> Genome:
     """A genome of one to three ``terms`` (at most ``max_terms``), drawn from the start ranges."""
     count = rng.randint(1, min(START_TERMS, max_terms))
     return Genome(
@@ -128,7 +129,7 @@ def crossover(first: Genome, second: Genome, rng: random.Random, max_terms: int)
 
 
 def mutate(
-    genome: Genome, rng: random.Random, rates: Rates, max_terms: int, terms: Terms
+    genome: Genome, rng: random.Random, rates: Rates, max_terms: int, terms: Terms = CLASSIC
 ) -> Genome:
     """A neighbour of ``genome``; each number, the term list and each flag change independently.
 

@@ -10,7 +10,7 @@ from evokernels.architecture import MAX_LENGTH, Architecture
 from evokernels.errors import GenomeError, SettingsError
 from evokernels.genome import CATALOGUES, Genome, OwnTerm, find_term
 from evokernels.search import architecture_operators, operators
-from evokernels.search.operators import RATES, Terms
+from evokernels.search.operators import CLASSIC, RATES, Terms
 
 __all__ = [
     "ArchitectureSpace",
@@ -81,7 +81,7 @@ class OptimizerSpace:
         SettingsError: ``max_terms`` is below 1.
     """
 
-    def __init__(self, max_terms: int = 4, terms: Terms = CATALOGUES["classic"]) -> None:
+    def __init__(self, max_terms: int = 4, terms: Terms = CLASSIC) -> None:
         if max_terms < 1:
             raise SettingsError(f"max_terms must be at least 1, got {max_terms!r}")
         self.max_terms = max_terms
