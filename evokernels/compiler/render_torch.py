@@ -64,7 +64,8 @@ def render_torch(genome: Genome, name: str) -> str:
     read = {symbol.name for each in statements for e in _numbers(each) for symbol in symbols_of(e)}
     options = _options(genome, read)
     names = [f'"{name}"' for name in rule.state_names.values()]
-    text = Template(FILE).substitute(
+    text = _filled(
+        FILE,
         name=name,
         documentation=_indented(1, _documentation(name, rule, options)),
         arguments=_indented(2, _arguments(options)),
@@ -83,6 +84,14 @@ def render_torch(genome: Genome, name: str) -> str:
         if f"{function}(" in text:
             text += helper
     return text
+
+
+def _filled(text: str, **values: str) -> str:
+    """The template with its values; where a rule keeps no moments, lines about them are gone."""
+    for name in ("moments", "tensors"):
+        if not values[name]:
+            text = text.replace(f"${name}\n", "")
+    return Template(text).substitute(values)
 
 
 def _numbers(statement: Statement) -> Iterable[Expr]:
@@ -285,8 +294,14 @@ def _documentation(name: str, rule: Rule, options: Sequence[_Option]) -> Iterabl
 
 def _broken(text: str) -> Iterable[str]:
     """Lines that are short enough, those of sums broken before a plus."""
+    kept = "\u00a0"  # no place to break at
     for line in text.replace(" + -", " - ").splitlines():
-        yield from textwrap.wrap(line, WIDTH - 8, subsequent_indent="    ", break_long_words=False)
+        for sign in "*/":
+            line = line.replace(f" {sign} ", f"{kept}{sign}{kept}")
+        for part in textwrap.wrap(
+            line, WIDTH - 8, subsequent_indent="    ", break_long_words=False
+        ):
+            yield part.replace(kept, " ")
 
 
 def _wrapped(text: str) -> list[str]:

@@ -16,8 +16,8 @@ __all__ = [
     "t",
     "total_steps",
     "training_steps",
-    "warmup_steps",
     "warms_up",
+    "warmup_steps",
 ]
 
 t, warmup_steps, total_steps, training_steps = (

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
 from evokernels.compiler import terms
-from evokernels.compiler.expr import Call, Constant, Expr
-from evokernels.compiler.statements import Operand, Statement
+from evokernels.compiler.expr import Call, Constant, Expr, symbols_of
+from evokernels.compiler.statements import NEVER_ZERO, Operand, Statement
 
 __all__ = ["WIDTH", "list_lines", "number_text", "tensor_lines"]
 
@@ -44,10 +44,7 @@ _LISTS = {
     "axpy": "torch._foreach_add{_}({0}, {1}, alpha={2})",
     "addcmul": "torch._foreach_addcmul{_}({0}, {1}, {2}, value={3})",
     "sign": "_foreach_sign({0})",
-    **{
-        name: f"torch._foreach_{name}{{_}}({{0}}, {{1}})"
-        for name in (*_BINARY, *_CLAMPS)
-    },
+    **{name: f"torch._foreach_{name}{{_}}({{0}}, {{1}})" for name in (*_BINARY, *_CLAMPS)},
     **{name: f"torch._foreach_{name}{{_}}({{0}})" for name in _UNARY},
 }
 
@@ -141,7 +138,7 @@ def _of_tensor(statement: Statement) -> str:
     if statement.op == "where":
         args = _typed(args)
     if statement.op == "mul" and not isinstance(args[1], Expr):
-        return "{0} * {1}".format(*args)
+        return f"{args[0]} * {args[1]}"
     if statement.op in ("mul", "over"):
         return _NEW[statement.op].format(args[0], _operand(args[1], binds=2))
     return _NEW[statement.op].format(*map(_operand, args))
@@ -176,9 +173,12 @@ def _operand(operand: Operand, binds: int = 0) -> str:
     return text if strength >= binds else f"({text})"
 
 
-# What Python's numbers have no operator for.
+# What Python's numbers have no operator for, and where they would raise an error instead of
+# becoming infinite or no number.
 _FUNCTIONS = {
-    **{name: f"math.{name}({{0}})" for name in ("sqrt", "exp", "expm1", "log1p", "tanh")},
+    **{name: f"math.{name}({{0}})" for name in ("expm1", "tanh")},
+    **{name: f"_of(torch.{name}, {{0}})" for name in ("sqrt", "exp", "log1p")},
+    "div": "_ratio({0}, {1})",
     "abs": "abs({0})",
     "sign": "(({0} > 0) - ({0} < 0))",
     "where": "({2} if {0} > {1} else {3})",
@@ -193,7 +193,11 @@ def _number(expr: Expr) -> tuple[str, int]:
         return repr(int(expr.value) if whole else expr.value), 3 if expr.value >= 0 else 2
     if not isinstance(expr, Call):
         return ("clip_value" if expr == terms.clip else str(expr)), 3
-    if expr.op not in _STRENGTHS:
+    last = expr.args[-1]
+    positive = last.value > 0 if isinstance(last, Constant) else symbols_of(last) <= NEVER_ZERO
+    if expr.op == "sqrt" and positive:
+        return f"math.sqrt({number_text(last)})", 3
+    if expr.op not in _STRENGTHS or (expr.op == "div" and not positive):
         return _FUNCTIONS[expr.op].format(*map(number_text, expr.args)), 3
     binds = _STRENGTHS[expr.op]
     first, second = expr.args

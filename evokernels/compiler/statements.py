@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from evokernels.compiler import schedule, terms
-from evokernels.compiler.expr import Call, Constant, Expr, substitute, symbols_of
+from evokernels.compiler.expr import Constant, Expr, substitute, symbols_of
 from evokernels.compiler.linear import ONE, linear, linear_expr
 from evokernels.compiler.lower import Rule
 
-__all__ = ["Operand", "Statement", "statements_of"]
+__all__ = ["NEVER_ZERO", "Operand", "Statement", "statements_of"]
 
 Operand = str | Expr  # a tensor by its name, or a number
 
@@ -29,17 +29,17 @@ _NEVER_IN_PLACE = ("sign", "where", "over")
 # The catalogue has limits in their first operands; this is what torch calls them.
 _CLAMPS = {"max": "clamp_min", "min": "clamp_max"}
 
-# Numbers that are never zero; a weight that reads any other one may be.
-_NEVER_ZERO = {terms.bias1, terms.bias2, schedule.t}
+# Numbers that are always above zero; a weight that reads any other one may be.
+NEVER_ZERO = {terms.bias1, terms.bias2, schedule.t}
 
 
 @dataclass(frozen=True)
 class Statement:
     """``target = op(args)``, or, in place, ``target`` changed by the other operands.
 
-    Operations are those of `compiler.ops` without "fma", "weigh", "weigh_add", "min" and "max"; and
-    "clamp_min", "clamp_max"; "axpy": a + k * x, for (a, x, k); "addcmul": a + k * x * y, for (a, x, y, k); "over": k / x, for
-    (x, k); "copy". But for "where", a tensor comes before a number.
+    Operations are those of `compiler.ops` without "fma", "weigh", "weigh_add", "min" and "max". In
+    their place: "axpy", a + k * x for (a, x, k); "addcmul", a + k * x * y for (a, x, y, k); "over",
+    k / x for (x, k); "clamp_min", "clamp_max", "copy". But for "where", tensors are before numbers.
 
     Attributes:
         args: in place, the first one is the target.
@@ -147,7 +147,7 @@ class _Folding:
 
 
 def _may_vanish(weight: Operand) -> bool:
-    return isinstance(weight, Expr) and not symbols_of(weight) <= _NEVER_ZERO
+    return isinstance(weight, Expr) and not symbols_of(weight) <= NEVER_ZERO
 
 
 class _Naming:
@@ -208,7 +208,9 @@ class _Naming:
             if in_place:
                 name = names[first]
             else:
-                live = {names[value] for value, end in last_read.items() if value in names and end > i}
+                live = {
+                    names[value] for value, end in last_read.items() if value in names and end > i
+                }
                 name = _unused(wish or _called(line, names), live | set(self._results))
             args = tuple(names.get(arg, arg) for arg in line.args)
             guard = line.guard

@@ -147,6 +147,18 @@ def _foreach_sign(x: list[Tensor]) -> list[Tensor]:
     torch._foreach_add_(signs, nans)
     return signs
 ''',
+    "_ratio": '''
+
+def _ratio(a: float, b: float) -> float:
+    """a / b; by zero not finite, where Python raises an error."""
+    return a / b if b else a * math.inf
+''',
+    "_of": '''
+
+def _of(function: Callable[[Tensor], Tensor], x: float) -> float:
+    """A function of a number; not finite where Python's own raises an error."""
+    return function(torch.tensor(x, dtype=torch.float64)).item()
+''',
     "_where": '''
 
 def _where(a: Any, b: Any, x: Any, y: Any) -> Tensor:
