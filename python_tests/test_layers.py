@@ -26,6 +26,10 @@ MAY_IMPORT = {
     "optim": {"kernels", "compiler", "genome", "errors", "numpy", "torch"},
     "es": {"optim", "kernels", "errors", "numpy", "torch"},
     "explain": {"kernels", "compiler", "genome", "errors", "torch"},
+    "inspection": {"explain", "kernels", "compiler", "genome", "torch"},
+    "__main__": {
+        *("inspection", "terms", "zoo", "compiler", "document", "genome", "errors", "torch"),
+    },
     "tasks": {"kernels", "architecture", "errors", "numpy", "torch", "torchvision"},
     "search": {"genome", "architecture", "errors", "zoo", "numpy"},
     "evolution": {
