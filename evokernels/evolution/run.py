@@ -18,7 +18,9 @@ from evokernels.evolution.evaluations import (
     open_evaluations,
 )
 from evokernels.evolution.history import Generation, plateaued, summarise
+from evokernels.evolution.html_report_run import write_run_report
 from evokernels.evolution.ledger import Cost, read_ledger
+from evokernels.evolution.lineage import Lineage
 from evokernels.evolution.refining import Refiner
 from evokernels.evolution.rounds import Rounds
 from evokernels.evolution.settings import RunSettings
@@ -109,6 +111,7 @@ class _Run:
         self.folder = folder
         self.evaluations = evaluations
         self.audits = audits
+        self.lineage = Lineage()
 
     def complete(self) -> RunResult:
         """Everything from the first generation on, whatever the journal already has."""
@@ -136,7 +139,9 @@ class _Run:
         ledger = read_ledger(journal)
         report.write_ledger(self.folder, ledger)
         made = len(journal) - before
-        return RunResult(best, tuple(history), comparison, winner, ledger, audited, made)
+        result = RunResult(best, tuple(history), comparison, winner, ledger, audited, made)
+        write_run_report(self.folder, self.settings, result, self.lineage, journal)
+        return result
 
     def _search(self) -> tuple[State, list[Scored], list[Generation]]:
         """The search to its end: its last state, its last generation, its history."""
@@ -157,8 +162,11 @@ class _Run:
             to_come += refiner.still_to_come(number + 1)
             refined = refiner.run(number, genomes, results, to_come, f"{note}, refining")
             scores = [result.score for result in results]
-            scored = [*map(Scored, genomes, scores), *refined.better]
-            joined = search.join(state, [entry.genome for entry in refined.better])
+            asked = list(map(Scored, genomes, scores))
+            better = [improvement.scored for improvement in refined.better]
+            scored = asked + better
+            self.lineage.add(asked, state.parents, refined.better)
+            joined = search.join(state, [entry.genome for entry in better])
             state = search.tell(joined, [entry.score for entry in scored])
             refining = refined.runs if self.settings.refine else None
             history.append(summarise(number, results, state.best.score, refining))
