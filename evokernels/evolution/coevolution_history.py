@@ -11,7 +11,15 @@ from evokernels.evolution.pairs import Measured, Pair
 from evokernels.evolution.winner import Winner
 from evokernels.search.score import Score
 
-__all__ = ["OWN", "WINNER", "CoevolutionResult", "Population", "Round", "pareto_front"]
+__all__ = [
+    "OWN",
+    "WINNER",
+    "CoevolutionResult",
+    "Population",
+    "Round",
+    "fresh_accuracy",
+    "pareto_front",
+]
 
 # What the winner is called beside others, and what it has to beat.
 WINNER, OWN = "co-evolved pair", "own network, evolved_2025"
@@ -99,6 +107,17 @@ class CoevolutionResult:
             )
             for seed in self.comparison.seeds
         )
+
+
+def fresh_accuracy(comparison: Comparison, name: str) -> Estimate:
+    """Of a contender on the split that selects, with the seeds of the comparison; a run that was
+    not measured classified nothing correctly."""
+    return Estimate.of(
+        statistics.fmean(
+            comparison.row(name, task, seed).outcome.accuracy or 0.0 for task in comparison.tasks
+        )
+        for seed in comparison.seeds
+    )
 
 
 def pareto_front(pairs: Sequence[Measured]) -> list[Measured]:

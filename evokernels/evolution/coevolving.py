@@ -29,6 +29,7 @@ from evokernels.evolution.evaluations import (
     Request,
     open_evaluations,
 )
+from evokernels.evolution.html_report_coevolution import write_coevolution_report
 from evokernels.evolution.pairs import Measured, Pair, worth
 from evokernels.evolution.trial import Outcome, Purpose, Trial, network_key
 from evokernels.evolution.winner import final_runs, measure_winner
@@ -115,6 +116,7 @@ class _Run:
             len(journal) - before,
         )
         report.write_result(self.folder, settings, result)
+        write_coevolution_report(self.folder, settings, result, journal)
         return result
 
     def _search(self) -> list[Round]:

@@ -51,9 +51,9 @@ class Result:
         """Mean fitness over the seeds of one task."""
         return statistics.fmean(entry.outcome.fitness for entry in self.by_task[task])
 
-    def failed_on(self, task: str) -> bool:
-        """Whether any of its runs on the task failed."""
-        return any(entry.outcome.status.failed for entry in self.by_task[task])
+    def held_on(self, task: str) -> bool:
+        """Whether all its runs on the task went to the end."""
+        return all(entry.outcome.status is Status.OK for entry in self.by_task[task])
 
     def saved(self, rule: str) -> int:
         """Training runs that a rule left out."""
@@ -62,7 +62,7 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """How values lie that did not fail: their quartiles, mean and greatest."""
+    """How values lie: their quartiles, mean and greatest."""
 
     low: float
     median: float
@@ -105,8 +105,9 @@ class Generation:
         failed: genomes whose worst run was lost: it crashed, hung or ran out of memory.
         refining: training runs that refining its best genomes needed besides; None in a run that
             refines nothing.
-        spread: of the fitness of all genomes that did not fail; None if all did.
-        task_spread: likewise on each task, of the runs that did not fail.
+        spread: of the fitness of the genomes that were trained to the end, neither failed nor
+            stopped by the hurdle; None if there is none.
+        task_spread: likewise on each task.
     """
 
     number: int
@@ -156,11 +157,9 @@ def summarise(
         diverged=statuses[Status.DIVERGED],
         failed=sum(statuses[lost] for lost in LOST),
         refining=refining,
-        spread=Spread.of(r.score.fitness for r in results if not r.score.status.failed),
+        spread=Spread.of(r.score.fitness for r in results if r.score.status is Status.OK),
         task_spread={
-            task: Spread.of(
-                result.task_fitness(task) for result in results if not result.failed_on(task)
-            )
+            task: Spread.of(result.task_fitness(task) for result in results if result.held_on(task))
             for task in champion.by_task
         },
     )

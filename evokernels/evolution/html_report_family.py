@@ -11,9 +11,9 @@ from evokernels.genome import Genome
 __all__ = ["Family", "family", "rule_text"]
 
 # Units of the drawing, which are pixels where it is not scaled.
-WIDTH, EDGE, FOOT = 600.0, 22.0, 26.0
-LEAST_COLUMN = 14.0  # narrower ones are scrolled
-GREATEST_ROW, LEAST_ROW, HEIGHT = 30.0, 7.0, 420.0
+WIDTH, EDGE, FOOT = 400.0, 14.0, 18.0
+LEAST_COLUMN = 11.0  # narrower ones are scrolled
+GREATEST_ROW, LEAST_ROW, HEIGHT = 22.0, 6.0, 300.0
 LABELS = 12  # generations that are written below, at most
 
 
@@ -72,7 +72,7 @@ def family(member: Member) -> Family:
     tallest = max(max(rows.values()), -min(rows.values()))
     row = max(LEAST_ROW, min(GREATEST_ROW, HEIGHT / max(1.0, 2 * tallest)))
     middle = EDGE + row * tallest
-    radius = max(2.5, min(7.0, 0.42 * row, 0.3 * column))
+    radius = max(2.2, min(5.5, 0.4 * row, 0.3 * column))
 
     def x(each: Member) -> float:
         # what was refined in a generation lies behind the genome that it came from

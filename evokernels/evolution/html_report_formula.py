@@ -39,7 +39,8 @@ def mathml(formula: str) -> str:
             one of the grammar above, stands there as text.
     """
     rows = [row for line in formula.splitlines() for row in _rows(line)]
-    return f'<math display="block"><mtable class="rule">{"".join(rows)}</mtable></math>'
+    table = f'<mtable class="rule" displaystyle="true">{"".join(rows)}</mtable>'
+    return f'<math display="block">{table}</math>'
 
 
 def _rows(line: str) -> Iterable[str]:
@@ -58,9 +59,11 @@ def _rows(line: str) -> Iterable[str]:
         parsed = _Parser(value).whole()
     except NotTypeset:
         return [_text_row(line)]
-    if comma:
-        parsed += f'<mtext class="remark">, {escape(remark)}</mtext>'
-    return [_row(target, found.strip(), parsed)]
+    remarks = remark.split(", ") if comma else []
+    return [
+        _row(target, found.strip(), parsed),
+        *(_row("", "", f"<mtext>{escape(text)}</mtext>") for text in remarks),
+    ]
 
 
 def _update_rows(target: str, update: str) -> list[str]:
@@ -150,17 +153,21 @@ class _Parser:
         )
 
     def _product(self) -> str:
-        value, bare = self._power()
+        first, bare = self._power()
+        factors: list[list] = [[first, 1]]  # each with how often it follows itself
         while self._next in ("*", "/"):
-            if self._take() == "*":
-                other, _ = self._power()
-                value = f"{value}<mspace width='0.17em'/>{other}"
-                bare = ""
+            divides = self._take() == "/"
+            other, inside = self._power()
+            if divides:
+                above = bare or _factors(factors)
+                ratio = f"<mfrac><mrow>{above}</mrow><mrow>{inside or other}</mrow></mfrac>"
+                factors = [[ratio, 1]]
+            elif factors[-1][0] == other:
+                factors[-1][1] += 1
             else:
-                other, inside = self._power()
-                value = f"<mfrac><mrow>{bare or value}</mrow><mrow>{inside or other}</mrow></mfrac>"
-                bare = ""
-        return value
+                factors.append([other, 1])
+            bare = ""
+        return _factors(factors)
 
     def _power(self) -> tuple[str, str]:
         """What it is, and if it is in brackets what is inside them: a fraction needs none."""
@@ -211,6 +218,14 @@ class _Parser:
             sign = {"<": "&lt;", ">": "&gt;", "<=": "≤", ">=": "≥"}[self._take()]
             value = f"{value}<mo>{sign}</mo>{self._joined(self._sum())}"
         return value
+
+
+def _factors(factors: Iterable[tuple[str, int]]) -> str:
+    powers = (
+        factor if power == 1 else f"<msup>{factor}<mn>{power}</mn></msup>"
+        for factor, power in factors
+    )
+    return '<mspace width="0.17em"/>'.join(powers)
 
 
 def _number(text: str) -> str:

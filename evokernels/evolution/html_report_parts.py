@@ -28,9 +28,6 @@ __all__ = [
     "terms",
 ]
 
-# In which colour failures are counted, and what they are called.
-FAILURES = {"mean": "stopped by the hurdle", "warn": "diverged", "bad": "lost"}
-
 
 def number(value: float | None) -> str:
     """To four digits, as everywhere; a dash for nothing."""
@@ -45,7 +42,7 @@ def spread_pictures(
     spreads: Sequence[Spread | None],
     *,
     further: Mapping[str, Sequence[float]] | None = None,
-    failures: Mapping[str, Sequence[int]] | None = None,
+    failures: Mapping[str, tuple[str, Sequence[int]]] | None = None,
 ) -> Picture:
     """Best, mean and quartiles of a population over the generations.
 
@@ -53,10 +50,10 @@ def spread_pictures(
         name: of the picture, different from all others of the page.
         title: of the picture.
         numbers: of the generations.
-        best: the highest value; that of a failed genome is left out.
-        spreads: of the values that did not fail.
+        best: the highest value; left out where there is no spread.
+        spreads: of the values of those that were trained to the end.
         further: another line, by what it means.
-        failures: how many of each generation, by a colour of `FAILURES`.
+        failures: by what it means, the colour and how many of each generation.
     """
     failures = failures or {}
     known = [value if spread else None for value, spread in zip(best, spreads, strict=True)]
@@ -72,11 +69,12 @@ def spread_pictures(
         [spread and spread.low for spread in spreads],
         [spread and spread.high for spread in spreads],
     )
-    for colour, counts in failures.items():
+    for meaning, (colour, counts) in failures.items():
         if any(counts):
-            meaning = f"{FAILURES[colour]} (how many, below)"
-            legend[colour] = f"{legend[colour]}; {meaning}" if colour in legend else meaning
-    return Picture(title, pictures.fitness(name, numbers, lines, band, failures), legend)
+            legend[colour] = f"{meaning} (how many)"
+    return Picture(
+        title, pictures.fitness(name, numbers, lines, band, dict(failures.values())), legend
+    )
 
 
 def terms(numbers: Sequence[int], generations: Sequence[Sequence[Genome]]) -> Section:
@@ -104,17 +102,20 @@ def terms(numbers: Sequence[int], generations: Sequence[Sequence[Genome]]) -> Se
     )
 
 
-def comparison_pictures(name: str, comparison: Comparison, note: str = "") -> list[Picture]:
-    """Test fitness with standard errors, overall and on each task; the first optimizer stands out.
+def comparison_pictures(
+    name: str, comparison: Comparison, outstanding: str, note: str = ""
+) -> list[Picture]:
+    """Test fitness with standard errors, overall and on each task.
 
     Args:
         name: of the pictures, different from all others of the page.
+        outstanding: the optimizer that stands out.
         note: behind the title of each.
     """
 
     def picture(place: int, title: str, of: Callable[[str], Estimate]) -> Picture:
         rows = [
-            (each, of(each), "best" if each == comparison.optimizers[0] else "other")
+            (each, of(each), "best" if each == outstanding else "other")
             for each in comparison.optimizers
         ]
         return Picture(f"Test fitness{title}{note}", pictures.dots(f"{name}{place}", rows))

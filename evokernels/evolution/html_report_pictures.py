@@ -125,13 +125,8 @@ def dots(name: str, rows: Sequence[tuple[str, Estimate, str]]) -> str:
             error = 0.0 if math.isnan(estimate.error) else estimate.error
             style = dict(color=COLOURS[colour], ecolor=COLOURS[colour], capsize=3, markersize=6)
             axes.errorbar([estimate.mean], [place], xerr=[error], fmt="o", **style)
-            shown = label if len(label) <= 44 else f"…{label[-43:]}"
-            text = f"{shown}  {estimate}" if len(shown) < 30 else shown
-            axes.text(
-                *(0.0, place - 0.3, text),
-                transform=axes.get_yaxis_transform(),
-                **dict(color=COLOURS["ink"], fontsize=SMALL, va="center"),
-            )
+            shown = label if len(label) <= 38 else f"…{label[-37:]}"
+            _label(axes, place - 0.3, shown, str(estimate))
         axes.set_ylim(len(rows) - 0.6, -0.65)
         axes.margins(x=0.08)
         axes.spines["left"].set_visible(False)
@@ -156,11 +151,7 @@ def bars(name: str, rows: Sequence[tuple[str, float, str]]) -> str:
         _place(figure, left=MARGIN, bottom=0.32, top=0.02)
         for place, (label, amount, colour) in enumerate(rows):
             axes.barh([place], [amount], height=0.32, color=COLOURS[colour])
-            axes.text(
-                *(0.0, place - 0.36, f"{label}  {amount:,.0f}"),
-                transform=axes.get_yaxis_transform(),
-                **dict(color=COLOURS["ink"], fontsize=SMALL, va="center"),
-            )
+            _label(axes, place - 0.36, label, f"{amount:,.0f}")
         axes.set_ylim(len(rows) - 0.7, -0.7)
         axes.set_xlim(0, max([amount for _, amount, _ in rows] + [1]) * 1.02)
         axes.spines["left"].set_visible(False)
@@ -196,10 +187,7 @@ def heat(name: str, numbers: Sequence[int], rows: Mapping[str, Sequence[float]])
                     box.set(facecolor=COLOURS["best"], alpha=0.08 + 0.92 * share)
                     axes.add_patch(box)
                 at += count
-            style = dict(fontsize=SMALL, va="center", transform=axes.get_yaxis_transform())
-            axes.text(0.0, place - 0.22, label, color=COLOURS["ink"], **style)
-            last = f"{shares[0]:.0%} → {shares[-1]:.0%}"
-            axes.text(1.0, place - 0.22, last, color=COLOURS["muted"], ha="right", **style)
+            _label(axes, place - 0.22, label, f"{shares[0]:.0%} → {shares[-1]:.0%}")
         axes.set_ylim(len(rows) - 0.4, -0.45)
         axes.spines["left"].set_visible(False)
         axes.set_yticks([])
@@ -246,6 +234,13 @@ def scatter(
         axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         axes.set(xlabel=labels[0], ylabel=labels[1])
         return _svg(figure, name)
+
+
+def _label(axes: Axes, y: float, name: str, value: str) -> None:
+    """Above a row: what it is to the left, its value to the right."""
+    style = dict(fontsize=SMALL, va="center", transform=axes.get_yaxis_transform())
+    axes.text(0.0, y, name, color=COLOURS["ink"], **style)
+    axes.text(1.0, y, value, color=COLOURS["muted"], ha="right", **style)
 
 
 def _generations(axes: Axes, numbers: Sequence[int]) -> None:

@@ -84,7 +84,7 @@ def run_page(settings: RunSettings, result: RunResult, lineage: Lineage, journal
                 f"{' '.join(map(str, settings.fresh_seeds))}, which the selection has not seen; "
                 "fitness and accuracy of the test split, mean ± standard error over the seeds."
             ),
-            *parts.comparison_pictures("compared", result.comparison),
+            *parts.comparison_pictures("compared", result.comparison, "evolved"),
             *parts.comparison_tables(result.comparison),
         ],
     )
@@ -121,7 +121,6 @@ def _facts(settings: RunSettings, result: RunResult) -> list[tuple[str, str, str
         ("selection bias", f"{result.winner.bias.mean:+.4f}", "search less fresh seeds"),
         ("training runs of the search", f"{search.runs:,}", f"{search.steps_taken:,} steps"),
         ("fewer steps by", f"{search.factor or 1.0:.2f} ×", "cache, hurdle and race"),
-        ("genomes", f"{settings.search.population * len(result.history):,}", "asked for"),
     ]
 
 
@@ -146,9 +145,9 @@ def _fitness(
     numbers: Sequence[int], settings: RunSettings, history: Sequence[Generation]
 ) -> list[Section]:
     failures = {
-        "mean": [entry.stopped for entry in history],
-        "warn": [entry.diverged for entry in history],
-        "bad": [entry.failed for entry in history],
+        "stopped by the hurdle": ("other", [entry.stopped for entry in history]),
+        "diverged": ("warn", [entry.diverged for entry in history]),
+        "lost": ("bad", [entry.failed for entry in history]),
     }
     rotating = (
         " Every generation is trained with seeds of its own, which lift or lower all of its values."
@@ -173,9 +172,9 @@ def _fitness(
             [
                 Text(
                     "Fitness is accuracy, and a little more for a low loss, on the "
-                    f"{settings.selection_split} split. Genomes that failed (diverged or lost) are "
-                    "in neither mean nor quartiles; those that the hurdle stopped are, with what "
-                    f"they had reached.{rotating}"
+                    f"{settings.selection_split} split. Mean and quartiles are of the "
+                    "genomes that were trained to the end; how many were stopped by the hurdle, "
+                    f"diverged or were lost with their worker is shown below them.{rotating}"
                 ),
                 overall,
                 Table(
@@ -203,7 +202,7 @@ def _fitness(
 
 
 def number_if(entry: Generation, value: float) -> str:
-    """A value of the genomes that did not fail, if there were any."""
+    """A value of the genomes that were trained to the end, if there were any."""
     return parts.number(value if entry.spread else None)
 
 
@@ -263,7 +262,7 @@ def _family(lineage: Lineage, winner: Genome) -> Section:
                     ]
                     for member in line
                 ],
-                "the winner and its better parents, back to the first",
+                "the winner and its better parents, back to the first" if len(line) > 8 else "",
                 words=5,
             ),
         ],
