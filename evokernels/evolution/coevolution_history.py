@@ -7,8 +7,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from evokernels.evolution.comparison import Comparison, Estimate
+from evokernels.evolution.history import term_shares
 from evokernels.evolution.pairs import Measured, Pair
 from evokernels.evolution.winner import Winner
+from evokernels.genome import Genome
 from evokernels.search.score import Score
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "Round",
     "fresh_accuracy",
     "pareto_front",
+    "scalars",
 ]
 
 # What the winner is called beside others, and what it has to beat.
@@ -107,6 +110,21 @@ class CoevolutionResult:
             )
             for seed in self.comparison.seeds
         )
+
+
+def scalars(entry: Round, optimizers: Sequence[Genome]) -> dict[str, float]:
+    """What one watches of a generation, by name."""
+    sides = {"architectures": entry.architectures, "optimizers": entry.optimizers}
+    return {
+        **{f"{name}/best": side.best for name, side in sides.items()},
+        **{f"{name}/mean": side.mean for name, side in sides.items() if side.mean is not None},
+        **{f"{name}/failed": side.failed for name, side in sides.items()},
+        "pair/worth": entry.best.score.fitness,
+        "pair/fitness": entry.best.fitness,
+        "pair/parameters": entry.best.parameters,
+        **{f"runs/{name}": getattr(entry, name) for name in ("evaluations", "reused")},
+        **{f"terms/{name}": share for name, share in term_shares(optimizers).items()},
+    }
 
 
 def fresh_accuracy(comparison: Comparison, name: str) -> Estimate:

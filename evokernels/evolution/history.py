@@ -11,7 +11,7 @@ from evokernels.evolution.journal import Entry, Saving
 from evokernels.genome import Genome
 from evokernels.search.score import Score, Status
 
-__all__ = ["Generation", "Result", "Spread", "plateaued", "summarise", "term_shares"]
+__all__ = ["Generation", "Result", "Spread", "plateaued", "scalars", "summarise", "term_shares"]
 
 LOST = (Status.CRASHED, Status.TIMED_OUT, Status.OUT_OF_MEMORY)
 
@@ -163,6 +163,23 @@ def summarise(
             for task in champion.by_task
         },
     )
+
+
+def scalars(entry: Generation, genomes: Sequence[Genome]) -> dict[str, float]:
+    """What one watches of a generation, by name; means are of what was trained to the end."""
+    fitness = {"best": entry.best, "best_so_far": entry.best_so_far}
+    by_task = {f"{task}/best": best for task, best in entry.task_best.items()}
+    means = {"fitness/mean": entry.spread} | {
+        f"{task}/mean": spread for task, spread in entry.task_spread.items()
+    }
+    return {
+        **{f"fitness/{name}": value for name, value in fitness.items()},
+        **by_task,
+        **{name: spread.mean for name, spread in means.items() if spread},
+        **{f"runs/{name}": getattr(entry, name) for name in ("evaluations", "reused", "raced")},
+        **{f"genomes/{name}": getattr(entry, name) for name in ("stopped", "diverged", "failed")},
+        **{f"terms/{name}": share for name, share in term_shares(genomes).items()},
+    }
 
 
 def term_shares(genomes: Sequence[Genome]) -> dict[str, float]:
