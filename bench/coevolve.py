@@ -16,6 +16,7 @@ from commandline import (
     Bar,
     add_run_options,
     add_settings,
+    generation_log,
     run_exit_code,
     with_folder,
     with_options,
@@ -111,7 +112,7 @@ def run(options: argparse.Namespace) -> None:
     values = PRESETS[options.preset].to_dict()
     settings = CoevolutionSettings.from_dict(with_options(values, options))
     print(plan(settings), flush=True)
-    with Bar() as bar:
+    with Bar() as bar, generation_log(options) as log:
         result = coevolve(
             settings,
             options.out,
@@ -119,6 +120,7 @@ def run(options: argparse.Namespace) -> None:
             workers=worker_count(options, settings.threads, settings.device),
             time_limit=options.time_limit,
             on_progress=bar.show,
+            on_generation=log,
         )
     print(summary(settings, options.out, result))
 

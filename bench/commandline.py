@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -14,7 +15,9 @@ from tqdm import tqdm
 from evokernels import terms
 from evokernels.errors import EvokernelsError
 from evokernels.evolution.devices import find_device
+from evokernels.evolution.evaluations import OnGeneration
 from evokernels.evolution.precision import PRECISIONS, best_precision
+from evokernels.evolution.tensorboard import TensorBoardLog
 
 __all__ = [
     "Bar",
@@ -23,6 +26,7 @@ __all__ = [
     "add_run_options",
     "add_settings",
     "exit_code",
+    "generation_log",
     "markdown",
     "resolved_precision",
     "run_exit_code",
@@ -30,6 +34,8 @@ __all__ = [
     "with_options",
     "worker_count",
 ]
+
+LOGS = "tensorboard"
 
 
 def exit_code(command: Callable[[], None], resume_hint: str) -> int:
@@ -127,6 +133,11 @@ def add_run_options(parser: argparse.ArgumentParser, prefix: str = "") -> None:
     parser.add_argument(
         "--out", type=pathlib.Path, metavar="DIR", help=f"the run folder (runs/{prefix}<preset>)"
     )
+    parser.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help=f"log every generation for TensorBoard into {LOGS} in the run folder",
+    )
     add_machine_options(parser)
 
 
@@ -134,6 +145,16 @@ def with_folder(options: argparse.Namespace) -> argparse.Namespace:
     """With a run folder named after the preset, where none is given."""
     options.out = options.out or pathlib.Path("runs") / f"{options.prefix}{options.preset}"
     return options
+
+
+@contextlib.contextmanager
+def generation_log(options: argparse.Namespace) -> Iterator[OnGeneration]:
+    """What ``--tensorboard`` asks for; raises SettingsError where that is not installed."""
+    if not options.tensorboard:
+        yield lambda number, scalars: None
+        return
+    with TensorBoardLog(options.out / LOGS) as log:
+        yield log.add
 
 
 def add_machine_options(parser: argparse.ArgumentParser) -> None:

@@ -174,7 +174,7 @@ def summary(contest: Contest, folder: pathlib.Path, result: ContestResult) -> st
             f"{LARGEST_FACTOR:g} times its own, with warmup and cosine or constant; chosen on "
             f"{conditions.validation_samples} validation samples."
         )
-    has = " and ".join(report.COMPARISON_FILES)
+    has = ", ".join(report.COMPARISON_FILES)
     return "\n".join([*lines, "", result.tables(), "", f"{folder} has {has} and the journal."])
 
 

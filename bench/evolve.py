@@ -15,6 +15,7 @@ from commandline import (
     Bar,
     add_run_options,
     add_settings,
+    generation_log,
     positive,
     run_exit_code,
     with_folder,
@@ -146,7 +147,7 @@ def chosen_settings(options: argparse.Namespace) -> RunSettings:
 def run(options: argparse.Namespace) -> None:
     """Run or resume, write the report, print the result."""
     settings = chosen_settings(options)
-    with Bar() as bar:
+    with Bar() as bar, generation_log(options) as log:
         result = evolve(
             settings,
             options.out,
@@ -155,6 +156,7 @@ def run(options: argparse.Namespace) -> None:
             time_limit=options.time_limit,
             audits=options.audit,
             on_progress=bar.show,
+            on_generation=log,
         )
     print(summary(settings, options.out, result))
 

@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "evolution": {
         *("search", "optim", "tasks", "compiler", "genome", "architecture", "zoo", "errors"),
         *("torch", "numpy", "matplotlib", "tqdm", "pytorch_optimizer"),
+        *("jinja2", "tensorboard"),
     },
     # public names and nothing else, so nothing from outside
     PUBLIC: {
