@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "search": {"genome", "architecture", "errors", "zoo", "numpy"},
     "evolution": {
         *("search", "optim", "tasks", "compiler", "genome", "architecture", "zoo", "errors"),
-        *("torch", "numpy", "matplotlib", "tqdm", "pytorch_optimizer"),
+        *("torch", "numpy", "matplotlib", "tqdm", "pytorch_optimizer", "ray"),
     },
     # public names and nothing else, so nothing from outside
     PUBLIC: {
