@@ -18,9 +18,9 @@ from commandline import (
     add_settings,
     generation_log,
     run_exit_code,
+    training_workers,
     with_folder,
     with_options,
-    worker_count,
 )
 
 from evokernels.compiler.describe import formula
@@ -112,13 +112,15 @@ def run(options: argparse.Namespace) -> None:
     values = PRESETS[options.preset].to_dict()
     settings = CoevolutionSettings.from_dict(with_options(values, options))
     print(plan(settings), flush=True)
-    with Bar() as bar, generation_log(options) as log:
+    with (
+        training_workers(options, settings.threads, settings.device) as workers,
+        Bar() as bar,
+        generation_log(options) as log,
+    ):
         result = coevolve(
             settings,
             options.out,
-            data_dir=options.data_dir,
-            workers=worker_count(options, settings.threads, settings.device),
-            time_limit=options.time_limit,
+            **workers,
             on_progress=bar.show,
             on_generation=log,
         )

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from evokernels import terms
-from evokernels.errors import EvokernelsError
+from evokernels.errors import EvokernelsError, SettingsError, WorkerError
 from evokernels.evolution.devices import find_device
 from evokernels.evolution.evaluations import OnGeneration
 from evokernels.evolution.precision import PRECISIONS, best_precision
@@ -30,6 +30,7 @@ __all__ = [
     "markdown",
     "resolved_precision",
     "run_exit_code",
+    "training_workers",
     "with_folder",
     "with_options",
     "worker_count",
@@ -169,7 +170,25 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
         type=positive,
         metavar="N",
         help="processes that train; the result does not depend on them "
-        "(as many as the processor has cores for; 1 on a CUDA device)",
+        "(as many as the processor has cores for; 1 on a CUDA device; in a cluster, all that there "
+        "is room for)",
+    )
+    parser.add_argument(
+        "--executor",
+        choices=("processes", "ray"),
+        default="processes",
+        help="who trains: processes of this machine, or workers of a Ray cluster (processes)",
+    )
+    parser.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="of the Ray cluster, or auto: the one of this machine (one is started here)",
+    )
+    parser.add_argument(
+        "--gpus-per-worker",
+        type=float,
+        metavar="SHARE",
+        help="of a GPU, that each worker of a Ray cluster has on a CUDA device (1)",
     )
     parser.add_argument(
         "--time-limit",
@@ -223,6 +242,42 @@ def worker_count(options: argparse.Namespace, threads: int, device: str) -> int:
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     return max(1, available // threads)
+
+
+@contextlib.contextmanager
+def training_workers(
+    options: argparse.Namespace, threads: int, device: str
+) -> Iterator[dict[str, Any]]:
+    """Who trains, where data are and how long a run may take, as the arguments of a run.
+
+    Raises:
+        SettingsError: options that do not belong together.
+        WorkerError: there is no such cluster.
+    """
+    common = {"data_dir": options.data_dir, "time_limit": options.time_limit}
+    if options.executor == "processes":
+        for name in ("address", "gpus_per_worker"):
+            if getattr(options, name) is not None:
+                raise SettingsError(f"--{name.replace('_', '-')} is for --executor ray alone")
+        yield {**common, "workers": worker_count(options, threads, device)}
+        return
+    if device not in ("cpu", "cuda"):
+        raise SettingsError(
+            f"with --executor ray the device is cpu or cuda, got {device!r}: the cluster says "
+            "which GPU a worker has"
+        )
+    try:
+        from evokernels.evolution.ray_executor import Need, RayExecutor
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise WorkerError(
+            "--executor ray needs Ray, which is not installed: pip install 'evokernels[ray]'"
+        ) from None
+    gpus = 1.0 if options.gpus_per_worker is None else options.gpus_per_worker
+    need = Need(threads, gpus if device == "cuda" else 0.0)
+    with RayExecutor(need, options.workers, options.address) as executor:
+        yield {**common, "executor": executor}
 
 
 class Bar:
