@@ -375,7 +375,7 @@ def test_a_family_tree_draws_every_ancestor_once():
     lineage, (_, _, _, d, _) = small_lineage()
     tree = family(lineage.find(d))
     assert [node.kind for node in tree.nodes] == ["start", "main", "main", "main"]
-    assert sorted(edge.kind for edge in tree.edges) == ["main", "main", "other"]
+    assert sorted(edge.kind for edge in tree.edges) == ["main", "main refined", "other"]
     places = {(node.x, node.y) for node in tree.nodes}
     assert len(places) == 4
     assert all(0 < x < tree.width and 0 < y < tree.height for x, y in places)
