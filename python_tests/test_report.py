@@ -480,7 +480,14 @@ def test_a_rude_name_of_a_term_is_escaped(training, tmp_path, monkeypatch):
 # The other reports
 
 
-def test_a_coevolution_has_a_report(training, tmp_path):
+def test_a_coevolution_has_a_report(training, tmp_path, monkeypatch):
+    drawn, draw = {}, html_report_parts.spread_pictures
+
+    def drawing(name, title, numbers, best, spreads, **others):
+        drawn[name] = spreads
+        return draw(name, title, numbers, best, spreads, **others)
+
+    monkeypatch.setattr(html_report_parts, "spread_pictures", drawing)
     settings = CoevolutionSettings(
         search=CoevolutionConfig(first=5, second=4, generations=3, elites=1, tournament=2),
         tasks=(MINI, "mnist"),
@@ -500,6 +507,10 @@ def test_a_coevolution_has_a_report(training, tmp_path):
     assert [row[0] for row in overall[1:]] == list(result.contenders)
     (front,) = tables(section(page, "pareto"))
     assert [float(row[1]) for row in front[1:]] == sorted(float(row[1]) for row in front[1:])
+    for side, spreads in drawn.items():
+        means = [getattr(entry, side).mean for entry in result.history]
+        assert [spread and spread.mean for spread in spreads] == pytest.approx(means)
+    assert list(drawn) == ["architectures", "optimizers"]
     (numbers,) = tables(section(page, "populations"))
     for number, row in enumerate(numbers[1:]):
         for cell, condition in ((1, "place < 5"), (3, "place >= 5")):
