@@ -33,7 +33,7 @@ from evokernels.evolution.refining import Improvement
 from evokernels.evolution.run import evolve
 from evokernels.evolution.settings import RunSettings
 from evokernels.evolution.trial import Conditions, Outcome, Trial
-from evokernels.genome import Genome
+from evokernels.genome import Genome, Term
 from evokernels.search.coevolution import CoevolutionConfig
 from evokernels.search.genetic import GeneticConfig, GeneticSearch, Scored
 from evokernels.search.score import Score, Status
@@ -422,11 +422,13 @@ def test_spreads_by_hand(values, expected):
     assert Spread.of(values) == expected
 
 
-@pytest.mark.parametrize("name", zoo.GENOMES)
-def test_every_rule_is_typeset(name):
-    rule = mathml(formula(zoo.GENOMES[name]))
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("term", Term)
+def test_every_term_is_typeset(term, corrected):
+    genome = Genome(term_types=[term], alphas=[0.5], use_bias_correction=corrected)
+    rule = mathml(formula(genome))
     ElementTree.fromstring(rule)
-    assert "<mtext>p ←" not in rule
+    assert "mtext" not in rule
     assert "*" not in rule
 
 
@@ -442,6 +444,10 @@ def test_every_rule_is_typeset(name):
         ("p ← p - lr * (sqrt(v) + 1e-08)", ["<msqrt><mi>v</mi></msqrt>", "<mn>−8</mn>"]),
         ("p ← p - lr * (-2.5e+06 * g)", ["<mo>−</mo>", "<mn>2.5</mn>", "<mn>6</mn>"]),
         ("a0 ← where(m > g, tanh(m), -g)", ["<mo>&gt;</mo>", "<msub><mi>a</mi><mn>0</mn></msub>"]),
+        (
+            "v ← |m^| + |g - |m||",
+            ["<mrow><mo>|</mo><mover", "<mi>m</mi><mo>|</mo></mrow><mo>|</mo>"],
+        ),
         ("p ← p - lr * (clip(g, -1, 1) - abs(m))", ["<mo>|</mo>", "clip"]),
         ("something <else> entirely", ["<mtext>something &lt;else&gt; entirely</mtext>"]),
         ("p ← p - lr * ([g])", ["<mtext>p ← p - lr * ([g])</mtext>"]),
