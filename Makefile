@@ -1,7 +1,7 @@
 # Two commands do everything, on a machine with Python 3.11 or newer, a C compiler and make:
 #
 #   make evolve   set up, then evolve optimizers on real images (no network needed after set-up)
-#   make test     set up, then run all tests
+#   make test     set up, then run all tests; as root on Debian it installs Chromium for some of them
 #
 # make bench times one update, side by side with torch's optimizers, and measures its memory;
 # make fuzz holds 100,000 random optimizers against the definition;
@@ -15,7 +15,7 @@ RUN := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml requirements.txt $(wildcard csrc/*) \
 	$(wildcard evokernels/compiler/*.py)
 
-.PHONY: setup evolve test lint bench fuzz gpu clean
+.PHONY: setup evolve test browser lint bench fuzz gpu clean
 
 setup: $(VENV)/.done
 
@@ -28,8 +28,19 @@ $(VENV)/.done: $(SOURCES)
 evolve: setup
 	$(RUN) bench/evolve.py --preset quick
 
-test: setup lint
+test: setup lint browser
 	$(RUN) -m pytest
+
+# Chromium, in which tests open reports: nothing to do where it is there already
+browser:
+	@{ command -v chromium || command -v chromium-browser; } >/dev/null \
+		&& command -v chromedriver >/dev/null \
+	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+		&& echo "installing Chromium, in which tests open reports" \
+		&& apt-get -qq update >/dev/null \
+		&& DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends \
+			chromium chromium-driver fonts-dejavu-core >/dev/null 2>&1; } \
+	|| echo "no Chromium: tests that open reports are skipped; install chromium and chromedriver"
 
 lint: setup
 	$(VENV)/bin/ruff check .

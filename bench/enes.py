@@ -29,11 +29,11 @@ from typing import Any
 
 import numpy as np
 from commandline import Bar, exit_code, markdown, positive
-from microbench import processor
 from pypop7_runs import case, rosenbrock
 
 from evokernels.errors import BackendError
 from evokernels.evolution.files import make_folder, write_atomically
+from evokernels.evolution.html_report_machine import processor
 from evokernels.search import ENES
 
 PYPOP7, BATCHED, SINGLE = "pypop7", "ours, batched", "ours, one by one"

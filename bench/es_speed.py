@@ -11,11 +11,11 @@ import source_es
 import torch
 from commandline import markdown
 from es_examples import curve_network, image_network
-from microbench import processor
 from torch import nn
 from torch.nn import functional
 
 from evokernels.es import EvolutionStrategy, PopulationForward
+from evokernels.evolution.html_report_machine import processor
 
 __all__ = [
     "BATCHED",

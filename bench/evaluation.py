@@ -31,13 +31,14 @@ import torchvision
 from agreement import LOOPS, SOURCE, all_jobs, compare_means, run_jobs
 from commandline import Bar, exit_code, markdown, positive
 from contestants import Work, ours
-from microbench import processor, shapes_of
+from microbench import shapes_of
 from source_loop import NETWORKS, evaluate_source
 from step_profile import UPDATE, milliseconds_a_step
 
 from evokernels import Genome, zoo
 from evokernels.evolution.evaluator import evaluate
 from evokernels.evolution.files import make_folder, write_atomically
+from evokernels.evolution.html_report_machine import processor
 from evokernels.evolution.pool import open_pool
 from evokernels.evolution.trial import Conditions, Trial
 from evokernels.tasks import ImageData, get_task

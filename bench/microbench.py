@@ -47,6 +47,7 @@ from oracle import exact_step, precise
 from timing import NEW, SAME, WALL, Measured, measure
 
 from evokernels import FusedEvolvedOptimizer, Genome, Term, zoo
+from evokernels.evolution.html_report_machine import processor
 from evokernels.genome import CATALOGUES
 from evokernels.tasks import CifarCNN, SmallCNN
 
@@ -278,13 +279,6 @@ def machine() -> str:
         f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"Python {platform.python_version()}"
     )
-
-
-def processor() -> str:
-    """The processor's name, as Linux knows it."""
-    lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def as_json(measured: dict[str, Measured]) -> str:

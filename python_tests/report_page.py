@@ -26,7 +26,7 @@ def tables(markup):
             [text(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL)]
             for row in re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)
         ]
-        for table in re.findall(r"<table>(.*?)</table>", markup, re.DOTALL)
+        for table in re.findall(r"<table[^>]*>(.*?)</table>", markup, re.DOTALL)
     ]
 
 

@@ -314,6 +314,7 @@ def test_an_unknown_task_is_named():
 @pytest.fixture
 def one_cuda_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "one")
 
 
 def test_settings_survive_the_journal(one_cuda_device):

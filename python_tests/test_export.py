@@ -1,39 +1,23 @@
 """Exported optimizers: the searched rule on random states, and what torch asks of an optimizer."""
 
-import copy
 import functools
-import io
 import pathlib
-import pickle
-import random
-import shutil
-import subprocess
-import sys
 
-import numpy as np
 import pytest
 import torch
-from cases import TOTAL_STEPS, case, flat, layouts
+from cases import TOTAL_STEPS, case, flat
 from oracle import (
     DTYPES,
     assert_near,
-    eager_formulas,
     eager_steps,
     exact_steps,
-    exact_update,
-    precise,
     random_genome,
 )
-from test_terms import random_own_genome
 
-from evokernels import FusedEvolvedOptimizer, Genome, genome, terms, zoo
-from evokernels.compiler.expr import Average
+from evokernels import FusedEvolvedOptimizer, genome, terms, zoo
 from evokernels.compiler.lower import lower
-from evokernels.compiler.ops import OPS
-from evokernels.compiler.render_torch import class_name, render_torch
-from evokernels.compiler.statements import statements_of
+from evokernels.compiler.render_torch import render_torch
 from evokernels.errors import GenomeError
-from evokernels.genome import CATALOGUES
 from evokernels.kernels.plan import ARITHMETIC
 
 NAMED = {**zoo.GENOMES, **zoo.WIDE}

@@ -36,7 +36,7 @@ class Node:
 
 @dataclasses.dataclass(frozen=True)
 class Edge:
-    """From a parent to its child; ``kind`` is "main", "refined" or "other"."""
+    """From a parent to its child; ``kind`` is "main" or "other", and then "refined" if it was."""
 
     path: str
     kind: str
@@ -103,9 +103,9 @@ def family(member: Member) -> Family:
                 f"{half:.1f} {y(each):.1f} {x(each):.1f} {y(each):.1f}"
             )
             main = each in line and parent is each.better_parent
-            refined = each.descent is Descent.REFINED
-            edges.append(Edge(path, "main" if main else "refined" if refined else "other"))
-    edges.sort(key=lambda edge: edge.kind == "main")
+            refined = " refined" if each.descent is Descent.REFINED else ""
+            edges.append(Edge(path, ("main" if main else "other") + refined))
+    edges.sort(key=lambda edge: edge.kind.startswith("main"))  # drawn last, so on top
     every = -(-len(generations) // LABELS)
     labels = tuple(
         (round(EDGE + column * place, 1), str(number + 1))

@@ -5,7 +5,8 @@ What is typeset is the text of `evokernels.compiler.describe.formula`, so nothin
     sum      = product (("+" | "-") product)*
     product  = power (("*" | "/") power)*
     power    = ["-"] atom ["^" atom]
-    atom     = number | name ["^"] | name "(" compared ("," compared)* ")" | "(" sum ")"
+    atom     = number | name ["^"] | name "(" compared ("," compared)* ")"
+             | "(" sum ")" | "|" sum "|"
     compared = sum [(">" | "<" | ">=" | "<=") sum]
 
 A name with "^" and nothing to raise it to is a bias-corrected moment.
@@ -19,12 +20,12 @@ from html import escape
 
 __all__ = ["mathml"]
 
-TOKEN = re.compile(r"\s*(\d+(?:\.\d*)?(?:e[+-]?\d+)?|[A-Za-z_]\w*|<=|>=|[-+*/^(),<>])")
+TOKEN = re.compile(r"\s*(\d+(?:\.\d*)?(?:e[+-]?\d+)?|[A-Za-z_]\w*|<=|>=|[-+*/^(),<>|])")
 NUMBER = re.compile(r"\d")
 NAME = re.compile(r"[A-Za-z_]")
 SCIENTIFIC = re.compile(r"(.*)e([+-]?)0*(\d+)")
 SUBSCRIPTED = re.compile(r"(a)(\d+)")
-ENDS = {"+", "-", "*", "/", ")", ",", "<", ">", "<=", ">=", None}
+ENDS = {"|", "+", "-", "*", "/", ")", ",", "<", ">", "<=", ">=", None}
 
 
 class NotTypeset(ValueError):
@@ -97,6 +98,10 @@ def _text_row(line: str) -> str:
 
 def _bracketed(inner: str) -> str:
     return f"<mrow><mo>(</mo>{inner}<mo>)</mo></mrow>"
+
+
+def _absolute(inner: str) -> str:
+    return f"<mrow><mo>|</mo>{inner}<mo>|</mo></mrow>"
 
 
 class _Parser:
@@ -190,6 +195,10 @@ class _Parser:
             inside = self._joined(self._sum())
             self._take(")")
             return _bracketed(inside), inside
+        if token == "|":
+            inside = self._joined(self._sum())
+            self._take("|")
+            return _absolute(inside), ""
         if NUMBER.match(token):
             return _number(token), ""
         if not NAME.match(token):
@@ -208,7 +217,7 @@ class _Parser:
         if name == "sqrt" and len(values) == 1:
             return f"<msqrt>{values[0]}</msqrt>"
         if name == "abs" and len(values) == 1:
-            return f"<mrow><mo>|</mo>{values[0]}<mo>|</mo></mrow>"
+            return _absolute(values[0])
         inner = "<mo>,</mo>".join(f"<mrow>{value}</mrow>" for value in values)
         return f"<mrow><mi mathvariant='normal'>{escape(name)}</mi>{_bracketed(inner)}</mrow>"
 

@@ -200,7 +200,8 @@ def evaluations(journal: Journal) -> Section:
     rows = journal.query(
         "SELECT purpose, status, count(*), sum(steps), avg(CASE WHEN status = 'ok' "
         "THEN fitness END) FROM evaluation GROUP BY purpose, status ORDER BY "
-        "instr('search audit report', purpose), instr('ok stopped diverged', status) = 0, status"
+        "instr('search audit report', purpose), instr('ok stopped diverged', status) = 0, "
+        "instr('ok stopped diverged', status), status"
     )
     return Section(
         "evaluations",

@@ -172,7 +172,7 @@ def heat(name: str, numbers: Sequence[int], rows: Mapping[str, Sequence[float]])
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        figure = new_figure(WIDTH, 0.5 + 0.36 * len(rows), layout=None)
+        figure = new_figure(WIDTH, 0.5 + 0.4 * len(rows), layout=None)
         axes = figure.add_subplot()
         _place(figure, left=MARGIN, bottom=0.42, top=0.02)
         for place, (label, shares) in enumerate(rows.items()):

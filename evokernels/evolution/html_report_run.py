@@ -33,7 +33,7 @@ from evokernels.genome import Genome
 if TYPE_CHECKING:
     from evokernels.evolution.run import RunResult
 
-__all__ = ["run_page", "write_run_report"]
+__all__ = ["family_section", "fitness_sections", "run_page", "write_run_report"]
 
 # Of the ledger: in which colour, and as what.
 TAKEN = {
@@ -92,8 +92,8 @@ def run_page(settings: RunSettings, result: RunResult, lineage: Lineage, journal
         _winner(result),
         compared,
         parts.luck(settings, result.winner),
-        *_fitness(numbers, settings, result.history),
-        _family(lineage, result.best.genome),
+        *fitness_sections(numbers, settings, result.history),
+        family_section(lineage, result.best.genome),
         parts.terms(numbers, asked),
         _ledger(result),
         parts.evaluations(journal),
@@ -141,9 +141,10 @@ def _winner(result: RunResult) -> Section:
     return Section("winner", "The winning rule", items)
 
 
-def _fitness(
+def fitness_sections(
     numbers: Sequence[int], settings: RunSettings, history: Sequence[Generation]
 ) -> list[Section]:
+    """Fitness over the generations, and on each task where there are several."""
     failures = {
         "stopped by the hurdle": ("other", [entry.stopped for entry in history]),
         "diverged": ("warn", [entry.diverged for entry in history]),
@@ -231,7 +232,8 @@ def _tasks(numbers: Sequence[int], settings: RunSettings, history: Sequence[Gene
     )
 
 
-def _family(lineage: Lineage, winner: Genome) -> Section:
+def family_section(lineage: Lineage, winner: Genome) -> Section:
+    """From whom the winner descends."""
     tree = family(lineage.find(winner))
     oldest = tree.line[-1]
     line = list(tree.line)
