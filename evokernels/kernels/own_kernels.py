@@ -102,7 +102,7 @@ def _known(
         options = _options()
         decisive = [source, *options, platform.machine(), *_identity(command)]
         code = cached(decisive, lambda: _compiled([*command, *options], source, program))
-        return OwnKernels(_loaded(code), dtype, state)
+        return _loaded(code, (dtype, state))
     except BackendError as error:
         return str(error)
 
@@ -111,9 +111,10 @@ def _find_compiler() -> list[str]:
     """Its command: $CC, or else the first on the PATH."""
     chosen = os.environ.get("CC")
     if chosen:
-        command = shlex.split(chosen)
-        if command and shutil.which(command[0]):
-            return command
+        with contextlib.suppress(ValueError):  # quotes that are not closed
+            command = shlex.split(chosen)
+            if command and shutil.which(command[0]):
+                return command
         raise BackendError(f"CC is {chosen!r}, and there is no such command")
     for name in _COMPILERS:
         if shutil.which(name):
@@ -186,13 +187,15 @@ def _run(command: Sequence[str], source: str, folder: str) -> str | None:
     return f"{how}; {output.strip()[:_MOST_TOLD]}"
 
 
-def _loaded(code: bytes) -> ctypes.CDLL:
-    """A library, from a file of its own, which nobody else can write to."""
+def _loaded(code: bytes, pair: tuple[str, str]) -> OwnKernels:
+    """What is in a library, from a file of its own, which nobody else can write to."""
     try:
         with tempfile.TemporaryDirectory(prefix="evokernels-") as folder:
             path = pathlib.Path(folder, "rule.so")
             path.write_bytes(code)
-            return ctypes.CDLL(str(path))
+            return OwnKernels(ctypes.CDLL(str(path)), *pair)
+    except AttributeError as error:  # not a file that a compiler has made of the source
+        raise BackendError(f"a compiled rule lacks a function ({error})") from None
     except OSError as error:
         raise BackendError(
             f"a compiled rule cannot be loaded ({error}); if programs may not run from "
