@@ -10,7 +10,7 @@ from __future__ import annotations
 from evokernels.compiler.program import OPERANDS
 from evokernels.compiler.terms import GROUP_INPUTS
 
-__all__ = ["CHUNK", "DENSE", "GROUP", "HEADER", "OPERANDS", "STATES", "TENSOR"]
+__all__ = ["CHUNK", "DENSE", "GROUP", "HEADER", "STATES", "TENSOR"]
 
 # Field → "int64", "uint64", "float64" or "pointer".
 HEADER = {
@@ -38,7 +38,7 @@ GROUP = {
     **{symbol.name: "float64" for symbol in GROUP_INPUTS},
 }
 
-# What a rule may keep of each element, averages of its own last.
+# What a rule may keep of each element.
 STATES = OPERANDS[2:]
 
 TENSOR = {
