@@ -41,6 +41,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("EVOKERNELS_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(cache, "_told", set())
     own_kernels._known.cache_clear()
@@ -246,7 +247,10 @@ def script(folder, text):
 
 FAILURES = {
     # what it does, what it is said to have done
-    "error": ("echo 'rule.c:3: error: no such thing' >&2; exit 3", "exit code 3; .*no such thing"),
+    "error": (
+        "touch $TMPDIR/evokernels-left; echo 'rule.c:3: error: no such thing' >&2; exit 3",
+        "exit code 3; .*no such thing",
+    ),
     "killed": ("kill -9 $$", "killed by signal 9"),
     "slow": ("sleep 100", "it has not finished after 0.3 seconds"),
     "slow children": ("sleep 100 & wait", "it has not finished after 0.3 seconds"),
