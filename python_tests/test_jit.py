@@ -23,7 +23,8 @@ from evokernels.compiler.evaluate import run_program
 from evokernels.compiler.lower import lower
 from evokernels.compiler.terms import genome_scalars
 from evokernels.errors import BackendError
-from evokernels.kernels import cache, native, own_kernels
+from evokernels.kernels import c_compiler, cache, native, own_kernels
+from evokernels.kernels.c_compiler import CCompiler
 from evokernels.kernels.plan import Numbers
 from evokernels.terms import average, g, m, tanh, v
 
@@ -54,13 +55,13 @@ def folder(tmp_path, monkeypatch):
 def compiled(monkeypatch):
     """What is compiled from now on."""
     calls = []
-    compile = own_kernels._compiled
+    compile = CCompiler.shared_library
 
     def counting(*args):
         calls.append(args)
         return compile(*args)
 
-    monkeypatch.setattr(own_kernels, "_compiled", counting)
+    monkeypatch.setattr(CCompiler, "shared_library", counting)
     return calls
 
 
@@ -163,7 +164,8 @@ def test_everything_decisive_counts(compiled, tmp_path, monkeypatch):
     forget()
     step(RULE)
     assert len(compiled) == 5
-    assert "-march=x86-64" in compiled[-1][0]
+    _, _, options = compiled[-1]
+    assert "-march=x86-64" in options
     include = own_kernels.with_included
     monkeypatch.setattr(own_kernels, "with_included", lambda *args: include(*args) + "\n/**/")
     forget()
@@ -270,7 +272,7 @@ FAILURES = {
 def test_a_compiler_that_fails_is_told_once(kind, tmp_path, monkeypatch):
     text, said = FAILURES[kind]
     monkeypatch.setenv("CC", script(tmp_path, text))
-    monkeypatch.setattr(own_kernels, "_TIMEOUT", 0.3)
+    monkeypatch.setattr(c_compiler, "_TIMEOUT", 0.3)
     began = time.monotonic()
     reason = CPU.why_not(lower(RULE).program, DEVICE, torch.float32)
     assert time.monotonic() - began < 5
@@ -289,7 +291,7 @@ def test_a_compiler_that_fails_is_told_once(kind, tmp_path, monkeypatch):
 def test_what_a_slow_compiler_has_started_ends(tmp_path, monkeypatch):
     text = f"sleep 100 & echo $! > {tmp_path}/child; wait"
     monkeypatch.setenv("CC", script(tmp_path, text))
-    monkeypatch.setattr(own_kernels, "_TIMEOUT", 0.5)
+    monkeypatch.setattr(c_compiler, "_TIMEOUT", 0.5)
     assert "not finished" in CPU.why_not(lower(RULE).program, DEVICE, torch.float32)
     child = pathlib.Path("/proc") / (tmp_path / "child").read_text().strip() / "stat"
     for _ in range(100):
