@@ -1,8 +1,9 @@
 /* e^x, log(1 + x) and tanh as straight-line code: selects, no branches and no tables, so that every
  * compiler turns a loop over them into vector code, for every instruction set with the same bits.
  *
- * Errors are below one unit in the last place (python_tests/test_functions.py). Zeros keep their
- * sign, NaN stays, infinity is the limit, subnormal numbers come in and out. */
+ * Over all floats the errors are at most 0.77, 0.90 and 0.79 units in the last place; of doubles 0.74,
+ * 0.83 and 0.86 have been seen (python_tests/test_functions.py). Zeros keep their sign, NaN stays,
+ * infinity is the limit, subnormal numbers come in and out. */
 #ifndef EVK_FUNCTIONS_H
 #define EVK_FUNCTIONS_H
 

@@ -39,7 +39,7 @@ def own(*formulas: Expr, **genes) -> Genome:
 
 # As many operands as there may be, in single operations that torch rounds alike.
 FULL = own(
-    *(average(x, beta) for x, beta in ((g, 0.875), (abs(g), 0.5), (g * g, 0.25), (g - 1, 0.75))),
+    *(average(x, beta) for x, beta in ((g, 0.875), (abs(g), 0.5), (g * g, 0.25), (m, 0.75))),
     *(m, v),
     beta1=0.5,
     beta2=0.75,

@@ -213,7 +213,7 @@ def test_c_spelling_means_what_the_table_says(tmp_path):
     source, built = tmp_path / "ops.c", tmp_path / "ops.so"
     # which C has from C23 on, and CUDA
     cospi = "static double cospi(double x) { return cos(3.141592653589793 * x); }\n"
-    source.write_text(f"#include <math.h>\n{cospi}{functions}")
+    source.write_text(f'#include "functions.h"\n{cospi}{functions}')
     flags = [
         "-O2",
         "-fno-trapping-math",
@@ -222,7 +222,7 @@ def test_c_spelling_means_what_the_table_says(tmp_path):
         "-shared",
         "-fPIC",
     ]
-    subprocess.run(["cc", *flags, source, "-o", built, "-lm"], check=True)
+    subprocess.run(["cc", *flags, f"-I{CSRC}", source, "-o", built, "-lm"], check=True)
     native = ctypes.CDLL(str(built))
     for name, op in OPS.items():
         function = native[f"op_{name}"]

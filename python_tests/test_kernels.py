@@ -1,25 +1,54 @@
 """Every backend against the float64 reference: genomes × dtypes × shapes, layouts, odd values."""
 
 import ctypes
+import math
 import pathlib
 import platform
+import random
 import subprocess
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from bound import HOST_BACKENDS
+from bound import FULL, HOST_BACKENDS, bound, own
 from cases import TOTAL_STEPS, case, flat, layouts
-from oracle import DTYPES, assert_near, eager_steps, exact_steps, random_genome
+from oracle import (
+    DTYPES,
+    assert_near,
+    eager_formulas,
+    eager_steps,
+    exact_steps,
+    exact_update,
+    precise,
+    random_genome,
+)
+from test_terms import random_formula
 
 from evokernels import FusedEvolvedOptimizer, Genome, Term, zoo
 from evokernels.compiler.covers import COVERS, find_cover
+from evokernels.compiler.evaluate import run_program
 from evokernels.compiler.lower import lower
 from evokernels.compiler.render_c import C_FLAGS, STORED, cover_symbol, render_covers
+from evokernels.compiler.terms import genome_scalars
 from evokernels.errors import OptimizerError
 from evokernels.kernels import native
 from evokernels.kernels.memory import find_overlap, lies_densely, overlaps_itself
-from evokernels.kernels.plan import ARITHMETIC
+from evokernels.kernels.own_kernels import own_kernels
+from evokernels.kernels.plan import ARITHMETIC, Numbers
+from evokernels.terms import (
+    average,
+    beta1,
+    exp,
+    g,
+    log1p,
+    m,
+    m_before,
+    progress,
+    tanh,
+    v_hat,
+    where,
+)
 
 CSRC = pathlib.Path(__file__).parents[1] / "csrc"
 
@@ -54,6 +83,96 @@ def test_random_genomes_match_the_reference(backend, dtype):
                 kept = flat([state[name] for state in states])
                 assert kept.dtype == ARITHMETIC[dtype]
                 assert_near(kept, exact[moment], yardstick[moment], ARITHMETIC[dtype], what)
+
+
+# Smooth, so that no digit more or less decides which way they go.
+OWN = {
+    "squashed": own(tanh(3 * g), log1p(abs(average(g, 0.9))), lr_log10=-1, use_m=False),
+    "damped": own(exp(-abs(average(g, beta1))) * m, progress * g / (1 + v_hat), lr_log10=-1),
+    "masked": own(where(g * average(g, 0.5) > 0, average(g, 0.5) * g, 0.0), m_before, lr_log10=-1),
+    "full": FULL,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", HOST_BACKENDS)
+@pytest.mark.parametrize("name", OWN)
+def test_own_rules_match_the_reference(name, backend, dtype):
+    """All shapes, by the tolerance rule; each step begins where the last one left the parameter."""
+    genome, rule = OWN[name], lower(OWN[name])
+    start, gradients = case(7, dtype)
+    parameters = [p.clone().requires_grad_() for p in start]
+    optimizer = FusedEvolvedOptimizer(parameters, genome, total_steps=TOTAL_STEPS, backend=backend)
+    zeros = torch.zeros(flat(start).shape, dtype=ARITHMETIC[dtype])
+    eager = {"p": flat(start), "m": zeros, "v": zeros, **dict.fromkeys(rule.averages, zeros)}
+    exact = {each: precise(tensor) for each, tensor in eager.items()}
+    for t, step_gradients in enumerate(gradients, start=1):
+        for parameter, gradient in zip(parameters, step_gradients, strict=True):
+            parameter.grad = gradient
+        eager["g"], exact["g"] = flat(step_gradients), precise(flat(step_gradients))
+        eager |= eager_formulas(genome, eager, t, TOTAL_STEPS)
+        exact |= exact_update(genome, exact, t, TOTAL_STEPS)
+        optimizer.step()
+        assert_near(flat(parameters), exact["p"], eager["p"], dtype, f"p of step {t}")
+        eager["p"], exact["p"] = flat(parameters).clone(), precise(flat(parameters))
+    states = [optimizer.state[p] for p in parameters]
+    for each in rule.averages:
+        kept = flat([state[str(each)] for state in states])
+        assert kept.dtype == ARITHMETIC[dtype]
+        assert_near(kept, exact[each], eager[each], kept.dtype, str(each))
+
+
+@pytest.mark.parametrize("backend", HOST_BACKENDS)
+def test_random_own_rules_match_the_interpreter(backend):
+    """Any operation on anything, in float64: sums and scalars as the program has them."""
+    for seed in range(12):
+        rng = random.Random(seed)
+        formulas = (
+            random_formula(rng) + average(g + random_formula(rng, 2), 0.5),
+            random_formula(rng),
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            genome = own(*(g + each for each in formulas), use_m=seed % 3 > 0, use_v=seed % 2 > 0)
+            rule = lower(genome)
+        tensor = bound(genome, torch.linspace(-3, 3, 1001, dtype=torch.float64))
+        plan = HOST_BACKENDS[backend].bind([tensor])
+        exact = {name: x.numpy().copy() for name, x in tensor.moments.items()}
+        exact["p"] = tensor.parameter.numpy().copy()
+        for t in (1, 2, 3):
+            gradient = torch.randn(1001, dtype=torch.float64)
+            values = rule.numbers(**genome_scalars(genome, t, training_steps=5))
+            plan.run([gradient], [0], [Numbers(rule.program, values, t)])
+            exact |= run_program(rule.program, {**exact, "g": gradient.numpy()}, values)
+            for name, x in (("p", tensor.parameter), *tensor.moments.items()):
+                np.testing.assert_allclose(x.numpy(), exact[name], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_where_takes_numbers_in_the_place_of_tensors(dtype):
+    """Alike in both backends, and of the arithmetic's dtype: 0.1 is another number in float32."""
+    x = torch.tensor([-1.0, 0.0, 0.25, math.nan, math.inf], dtype=dtype)
+    rules = [
+        own(where(progress > 0.5, g, 0.1)),
+        own(where(progress > 0.5, 0.1 * beta1, g)),
+        own(where(g > 0.1 * beta1, 0.1 * beta1, progress)),
+        own(where(g < 0.25, g, 0.1 * beta1)),
+    ]
+    expected = [
+        [0.1] * 5,
+        x.tolist(),
+        [0.2, 0.2, 0.09, math.nan, 0.09],
+        [-1.0, 0.0, 0.09, math.nan, 0.09],
+    ]
+    for genome, values in zip(rules, expected, strict=True):
+        for backend in HOST_BACKENDS:
+            p = torch.zeros(5, dtype=dtype, requires_grad=True)
+            optimizer = FusedEvolvedOptimizer([p], genome, total_steps=5, backend=backend)
+            p.grad = x.clone()
+            optimizer.step()
+            torch.testing.assert_close(
+                -p.detach(), torch.tensor(values, dtype=dtype), rtol=1e-7, atol=0, equal_nan=True
+            )
 
 
 @pytest.mark.parametrize("backend", HOST_BACKENDS)
@@ -228,6 +347,25 @@ def test_kernels_stay_inside_their_range():
                     assert (inner[1] == 3.0).all(), (name, n)
                     written = ("m" in cover.program.state, "v" in cover.program.state)
                     assert ((inner[2] != 3.0).all(), (inner[3] != 3.0).all()) == written
+
+
+@pytest.mark.parametrize("stored", STORED, ids="-".join)
+def test_own_kernels_stay_inside_their_range(stored):
+    dtype, moment = (getattr(torch, name) for name in stored)
+    program = lower(FULL).program
+    kernels = own_kernels(program, *stored)
+    kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)(
+        kernels.direct
+    )
+    scalars = (ctypes.c_double * len(program.scalars))(*[0.5] * len(program.scalars))
+    for n in (0, 1, 15, 63, 130):
+        buffers = [torch.full((n + 128,), 3.0, dtype=d) for d in (dtype,) * 2 + (moment,) * 6]
+        inner = [b[64 : 64 + n] for b in buffers]
+        kernel((ctypes.c_void_p * 8)(*(b.data_ptr() for b in inner)), n, scalars)
+        for i, buffer in enumerate(buffers):
+            assert (buffer[:64] == 3.0).all(), (n, i)
+            assert (buffer[64 + n :] == 3.0).all(), (n, i)
+            assert ((inner[i] == 3.0) == (i == 1)).all(), (n, i)
 
 
 def test_a_mutation_of_a_number_needs_no_other_kernel():

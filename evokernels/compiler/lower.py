@@ -160,10 +160,13 @@ def assemble(
         if moment in read:
             assembler.values[moment] = assembler.value(formula)
             state.append(moment.name)
+    betas: dict[Symbol, Expr] = {}
     # all from what the others were before this step's averages: none reads another
     for symbol, average in averages.items():
+        beta = Symbol(f"beta of {symbol}", per_element=False)  # a role: numbers are no structure
+        betas[beta] = average.beta
         assembler.values[_VALUE] = assembler.operand(average.value, symbol.name)
-        assembler.values[symbol] = assembler.value(terms.averaged(average.beta, symbol, _VALUE))
+        assembler.values[symbol] = assembler.value(terms.averaged(beta, symbol, _VALUE))
         state.append(symbol.name)
     total = assembler.total(update)
     # rounded once; and a learning rate apart from the weights leaves both as exact as they came
@@ -173,7 +176,8 @@ def assemble(
         *((name, assembler.values[Symbol(name, per_element=True)]) for name in state),
     )
     program = Program(tuple(state), tuple(assembler.scalars), tuple(assembler.lines), results)
-    return program.verify(), tuple(assembler.scalars.values()), tuple(averages.values())
+    formulas = tuple(substitute(formula, betas) for formula in assembler.scalars.values())
+    return program.verify(), formulas, tuple(averages.values())
 
 
 # What is being averaged.

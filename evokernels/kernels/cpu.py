@@ -18,8 +18,9 @@ from evokernels.compiler.program import Program
 from evokernels.compiler.render_c import STORED, cover_symbol
 from evokernels.errors import BackendError
 from evokernels.kernels import native
+from evokernels.kernels.c_compiler import CCompiler
 from evokernels.kernels.memory import lies_densely, memory_order, overlaps_itself
-from evokernels.kernels.own_kernels import OwnKernels, compiler_name, own_kernels
+from evokernels.kernels.own_kernels import OwnKernels, own_kernels
 from evokernels.kernels.plan import (
     ARITHMETIC,
     BoundTensor,
@@ -58,7 +59,7 @@ class CpuBackend:
         """Its name, or who has compiled it, and the instruction set."""
         cover = find_cover(program)
         if cover is None:
-            return f"compiled here by {compiler_name()}, {native.instruction_set()}"
+            return f"compiled here by {CCompiler.find().name}, {native.instruction_set()}"
         symbol = cover_symbol(cover, _name(dtype), _name(ARITHMETIC[dtype]))
         return f"{symbol} ({native.instruction_set()})"
 

@@ -7,20 +7,14 @@ private copy of bytes whose digest was right: nobody can change it in between.
 from __future__ import annotations
 
 import _ctypes
-import contextlib
 import ctypes
 import functools
 import os
 import pathlib
 import platform
-import shlex
-import shutil
-import signal
-import subprocess
 import tempfile
 import threading
 import weakref
-from collections.abc import Sequence
 
 from evokernels.compiler.ops import OPS
 from evokernels.compiler.program import Program
@@ -28,16 +22,15 @@ from evokernels.compiler.render_c import C_FLAGS, STORED, own_symbol, render_own
 from evokernels.compiler.spelling import DTYPES
 from evokernels.errors import BackendError
 from evokernels.kernels import native
+from evokernels.kernels.c_compiler import CCompiler
 from evokernels.kernels.cache import cached
 from evokernels.kernels.cuda_source import with_included
 
-__all__ = ["OwnKernels", "compiler_name", "own_kernels"]
+__all__ = ["OwnKernels", "own_kernels"]
 
-# Tried in this order where $CC names none.
-_COMPILERS = ("cc", "gcc", "clang")
-_TIMEOUT = 60  # seconds after which a compiler is given up
-_MOST_LOADED = 256  # of which no plan needs to be left; each takes five mappings of memory
-_MOST_TOLD = 2000  # characters of what a compiler says
+_MOST_KEPT = (
+    256  # that no plan needs: each takes five mappings of memory, of which there are 65,530
+)
 
 
 class OwnKernels:
@@ -73,11 +66,6 @@ def own_kernels(program: Program, dtype: str, state: str) -> OwnKernels:
     return kernels
 
 
-def compiler_name() -> str:
-    """What people call the compiler."""
-    return shlex.join([os.path.basename(word) for word in _find_compiler()])
-
-
 _one_at_a_time = threading.Lock()
 
 
@@ -90,47 +78,21 @@ def _renew_lock() -> None:
 os.register_at_fork(after_in_child=_renew_lock)
 
 
-@functools.lru_cache(_MOST_LOADED)
+@functools.lru_cache(_MOST_KEPT)
 def _known(
     program: Program, dtype: str, state: str, environment: tuple[str | None, ...]
 ) -> OwnKernels | str:
     """The kernels, or why there are none."""
     del environment  # another one may have another compiler
     try:
-        command = _find_compiler()
+        compiler = CCompiler.find()
         source = with_included(render_own(program, dtype, state), "rule.c", set())
         options = _options()
-        decisive = [source, *options, platform.machine(), *_identity(command)]
-        code = cached(decisive, lambda: _compiled([*command, *options], source, program))
-        return OwnKernels(_loaded(code), dtype, state)
+        decisive = [source, *options, platform.machine(), *compiler.identity()]
+        code = cached(decisive, lambda: _compiled(compiler, source, options, program))
+        return _loaded(code, (dtype, state))
     except BackendError as error:
         return str(error)
-
-
-def _find_compiler() -> list[str]:
-    """Its command: $CC, or else the first on the PATH."""
-    chosen = os.environ.get("CC")
-    if chosen:
-        command = shlex.split(chosen)
-        if command and shutil.which(command[0]):
-            return command
-        raise BackendError(f"CC is {chosen!r}, and there is no such command")
-    for name in _COMPILERS:
-        if shutil.which(name):
-            return [name]
-    raise BackendError(
-        f"there is no C compiler to compile this rule with: none of {', '.join(_COMPILERS)} is on "
-        "the PATH; install one, or set CC"
-    )
-
-
-def _identity(command: Sequence[str]) -> list[str]:
-    """What tells a compiler from another one, without running it."""
-    identity = list(command)
-    for path in filter(None, map(shutil.which, command)):
-        status = os.stat(path)
-        identity.append(f"{os.path.realpath(path)} {status.st_size} {status.st_mtime_ns}")
-    return identity
 
 
 def _options() -> list[str]:
@@ -140,59 +102,23 @@ def _options() -> list[str]:
     return [*C_FLAGS, "-fPIC", "-shared", "-DEVK_ONE_INSTRUCTION_SET", *machine]
 
 
-def _compiled(command: Sequence[str], source: str, program: Program) -> bytes:
-    """A shared library, as bytes."""
+def _compiled(compiler: CCompiler, source: str, options: list[str], program: Program) -> bytes:
     try:
-        with tempfile.TemporaryDirectory(prefix="evokernels-") as folder:
-            library = pathlib.Path(folder, "rule.so")
-            files = ["-x", "c", "-", "-o", str(library), "-lm"]
-            said = _run([*command, *files], source, folder)
-            if said is None:
-                return library.read_bytes()
-    except OSError as error:
-        said = f"{error.strerror} ({error.filename})"
-    raise BackendError(f"{command[0]} cannot compile the rule {_in_words(program)}: {said}")
+        return compiler.shared_library(source, options)
+    except BackendError as error:
+        rule = _in_words(program)
+        raise BackendError(f"{compiler.name} cannot compile the rule {rule}: {error}") from None
 
 
-def _run(command: Sequence[str], source: str, folder: str) -> str | None:
-    """Why a compiler failed, in its own words; None if it did not.
-
-    Args:
-        folder: for its temporary files too, which are then deleted whatever becomes of it.
-    """
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env={**os.environ, "TMPDIR": folder, "LC_ALL": "C"},
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(source, _TIMEOUT)
-    except subprocess.TimeoutExpired:
-        return f"it has not finished after {_TIMEOUT} seconds"
-    finally:
-        if process.poll() is None:  # with all processes that it has started
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    if not process.returncode:
-        return None
-    status = process.returncode
-    how = f"exit code {status}" if status > 0 else f"killed by signal {-status}"
-    return f"{how}; {output.strip()[:_MOST_TOLD]}"
-
-
-def _loaded(code: bytes) -> ctypes.CDLL:
-    """A library, from a file of its own, which nobody else can write to."""
+def _loaded(code: bytes, pair: tuple[str, str]) -> OwnKernels:
+    """What is in a library, from a file of its own, which nobody else can write to."""
     try:
         with tempfile.TemporaryDirectory(prefix="evokernels-") as folder:
             path = pathlib.Path(folder, "rule.so")
             path.write_bytes(code)
-            return ctypes.CDLL(str(path))
+            return OwnKernels(ctypes.CDLL(str(path)), *pair)
+    except AttributeError as error:  # not a file that a compiler has made of the source
+        raise BackendError(f"a compiled rule lacks a function ({error})") from None
     except OSError as error:
         raise BackendError(
             f"a compiled rule cannot be loaded ({error}); if programs may not run from "
