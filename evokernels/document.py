@@ -13,7 +13,21 @@ from typing import Any, ClassVar, Self
 
 from evokernels.errors import EvokernelsError
 
-__all__ = ["Document"]
+__all__ = ["Document", "write_whole"]
+
+
+def write_whole(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file of which a reader never sees a half.
+
+    Raises:
+        OSError: it cannot be written; what was there before stays.
+    """
+    path = pathlib.Path(path)
+    # deleted when left, unless it has become the result
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        part = pathlib.Path(folder, "part")
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
 
 
 class Document:
@@ -94,13 +108,8 @@ class Document:
             EvokernelsError: of type ``ERROR``, naming the file that cannot be written; what was
                 there before stays.
         """
-        path = pathlib.Path(path)
         try:
-            # deleted when left, unless it has become the result
-            with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-                part = pathlib.Path(folder, "part")
-                part.write_text(self.to_json(), encoding="utf-8")
-                os.replace(part, path)
+            write_whole(path, self.to_json())
         except OSError as error:
             reason = error.strerror or error
             raise self.ERROR(f"cannot write {self.NOUN} {os.fspath(path)!r}: {reason}") from None

@@ -5,6 +5,7 @@ __all__ = [
     "BackendError",
     "DatasetError",
     "EvokernelsError",
+    "ExportError",
     "FitnessError",
     "GenomeError",
     "JournalError",
@@ -39,6 +40,10 @@ class BackendError(EvokernelsError, RuntimeError):
 
 class DatasetError(EvokernelsError, RuntimeError):
     """A data set is missing, unreadable or not of the documented form."""
+
+
+class ExportError(EvokernelsError, ValueError):
+    """A file that was to be written exists already, or cannot be written."""
 
 
 class FitnessError(EvokernelsError, ValueError):

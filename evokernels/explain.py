@@ -15,7 +15,7 @@ from evokernels.genome import Genome
 from evokernels.kernels.plan import ARITHMETIC
 from evokernels.kernels.registry import select
 
-__all__ = ["explain"]
+__all__ = ["explain", "facts"]
 
 
 def explain(
@@ -46,15 +46,23 @@ def explain(
         raise OptimizerError(f"dtype is {dtype}; parameters may be {allowed}")
     program = lower(genome).program
     selection = select(program, torch.device(device), dtype, backend)
-    moment = ARITHMETIC[dtype]
-    moved = 3 * dtype.itemsize + 2 * len(program.state) * moment.itemsize
-    state = f"{', '.join(program.state)} in {moment}" if program.state else "none"
     lines = [
-        formula(genome),
-        f"key      {canonical_key(genome)}",
-        f"state    {state}",
-        f"traffic  {moved} bytes an element and step",
+        *facts(genome, dtype),
         f"backend  {selection.backend.name}: {selection.backend.kernel(program, dtype)}",
         *(f"         not {name}: {reason}" for name, reason in selection.rejected.items()),
     ]
     print("\n".join(lines), file=file or sys.stdout)
+
+
+def facts(genome: Genome, dtype: torch.dtype) -> list[str]:
+    """What is the same on every device: the rule, its key, its state, the bytes that it moves."""
+    program = lower(genome).program
+    moment = ARITHMETIC[dtype]
+    moved = 3 * dtype.itemsize + 2 * len(program.state) * moment.itemsize
+    state = f"{', '.join(program.state)} in {moment}" if program.state else "none"
+    return [
+        formula(genome),
+        f"key      {canonical_key(genome)}",
+        f"state    {state}",
+        f"traffic  {moved} bytes an element and step",
+    ]

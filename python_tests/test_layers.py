@@ -26,11 +26,16 @@ MAY_IMPORT = {
     "optim": {"kernels", "compiler", "genome", "errors", "numpy", "torch"},
     "es": {"optim", "kernels", "errors", "numpy", "torch"},
     "explain": {"kernels", "compiler", "genome", "errors", "torch"},
+    "inspection": {"explain", "kernels", "compiler", "genome", "torch"},
+    "__main__": {
+        *("inspection", "terms", "zoo", "compiler", "document", "genome", "errors", "torch"),
+    },
     "tasks": {"kernels", "architecture", "errors", "numpy", "torch", "torchvision"},
     "search": {"genome", "architecture", "errors", "zoo", "numpy"},
     "evolution": {
         *("search", "optim", "tasks", "compiler", "genome", "architecture", "zoo", "errors"),
-        *("torch", "numpy", "matplotlib", "tqdm", "pytorch_optimizer"),
+        *("torch", "numpy", "matplotlib", "tqdm", "pytorch_optimizer", "ray"),
+        *("jinja2", "tensorboard"),
     },
     # public names and nothing else, so nothing from outside
     PUBLIC: {

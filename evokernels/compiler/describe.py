@@ -7,34 +7,42 @@ from evokernels.compiler.expr import Average, Constant, Expr, Symbol, substitute
 from evokernels.compiler.linear import linear, linear_expr
 from evokernels.compiler.lower import lower, weighted_terms
 from evokernels.compiler.program import AVERAGES
+from evokernels.compiler.schedule import warms_up
 from evokernels.genome import Genome
 
 __all__ = ["formula"]
 
 
-def formula(genome: Genome) -> str:
-    """The rule of one step, a line an assignment; moments that nothing reads are left out."""
+def formula(genome: Genome, *, named: bool = False) -> str:
+    """The rule of one step, a line an assignment; moments that nothing reads are left out.
+
+    Args:
+        named: whether learning rate, betas, eps, decay and limit have names instead of numbers.
+    """
     rule = lower(genome)
     numbers: dict[Symbol, Expr] = {
         symbol: Constant(terms.genome_scalars(genome, t=1)[symbol.name])
         for symbol in (terms.weight_decay, terms.beta1, terms.beta2, terms.eps, terms.clip)
     }
+    if named:
+        decay = {} if genome.weight_decay else {terms.weight_decay: Constant(0.0)}
+        numbers = {terms.clip: Symbol("clip_value", per_element=False), **decay}
     # of terms that correct moments themselves
-    for bias, beta in ((terms.bias1, genome.beta1), (terms.bias2, genome.beta2)):
-        numbers[bias] = Symbol(f"(1 - {beta:.6g}^t)", per_element=False)
-    lines = [_schedule(genome)]
+    for bias, beta in ((terms.bias1, terms.beta1), (terms.bias2, terms.beta2)):
+        numbers[bias] = Symbol(f"(1 - {numbers.get(beta, beta)}^t)", per_element=False)
+    lines = _named_schedule(genome) if named else [_schedule(genome)]
     if genome.use_gradient_clipping:
         lines.append(f"g ← {linear_expr(linear(substitute(terms.CLIPPED_GRADIENT, numbers)))}")
     corrected: dict[Symbol, Expr] = {}
     for moment, update, beta in (
-        (terms.m, terms.FIRST_MOMENT, genome.beta1),
-        (terms.v, terms.SECOND_MOMENT, genome.beta2),
+        (terms.m, terms.FIRST_MOMENT, terms.beta1),
+        (terms.v, terms.SECOND_MOMENT, terms.beta2),
     ):
         if moment.name in rule.program.state:
             lines.append(f"{moment} ← {linear_expr(linear(substitute(update, numbers)))}")
             if genome.use_bias_correction:
                 corrected[moment] = Symbol(f"{moment}^", per_element=True)
-                lines.append(f"{moment}^ = {moment} / (1 - {beta:.6g}^t)")
+                lines.append(f"{moment}^ = {moment} / (1 - {numbers.get(beta, beta)}^t)")
     averages: dict[Average, Symbol] = {}
     for operand, average in zip(AVERAGES, rule.averages, strict=False):
         averages[average] = seen = Symbol(operand, per_element=True)
@@ -46,7 +54,8 @@ def formula(genome: Genome) -> str:
             lines.append(f"{corrected_average} = {seen} / (1 - {beta}^t)")
     update = linear(substitute(linear_expr(linear(weighted_terms(genome, corrected))), averages))
     update = linear(substitute(linear_expr(update), numbers))
-    lines.append(f"p ← p - lr * ({linear_expr(update)})")
+    rate = "lr_t" if named and _named_schedule(genome) else "lr"
+    lines.append(f"p ← p - {rate} * ({linear_expr(update)})")
     return "\n".join(lines)
 
 
@@ -57,3 +66,13 @@ def _schedule(genome: Genome) -> str:
     if genome.use_cosine_decay:
         text += ", falling along half a cosine to 0 over the training"
     return text
+
+
+def _named_schedule(genome: Genome) -> list[str]:
+    lines = []
+    if warms_up(genome):
+        lines.append("lr_t = lr * min(1, t / warmup_steps)")
+    if genome.use_cosine_decay:
+        rate = "lr_t" if lines else "lr"
+        lines.append(f"lr_t = {rate} * (1 + cos(pi * min(t - 1, total_steps) / total_steps)) / 2")
+    return lines

@@ -16,6 +16,7 @@ __all__ = [
     "t",
     "total_steps",
     "training_steps",
+    "warms_up",
     "warmup_steps",
 ]
 
@@ -43,6 +44,11 @@ class Scheduled(Protocol):
     use_warmup: bool
     warmup_steps: int
     use_cosine_decay: bool
+
+
+def warms_up(scheduled: Scheduled) -> bool:
+    """Whether warmup changes the rate of any step."""
+    return scheduled.use_warmup and scheduled.warmup_steps > 1
 
 
 def schedule_lengths(scheduled: Scheduled, total: int | None) -> dict[str, float]:

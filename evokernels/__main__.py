@@ -1,0 +1,145 @@
+"""What is done with a genome from a shell: `python -m evokernels --help`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from evokernels import terms, zoo
+from evokernels.compiler.render_torch import class_name, render_torch
+from evokernels.compiler.spelling import DTYPES
+from evokernels.document import write_whole
+from evokernels.errors import EvokernelsError, ExportError, GenomeError
+from evokernels.genome import Genome
+from evokernels.inspection import SOURCES, source, summary
+
+__all__ = ["main"]
+
+_NAMED = {**zoo.GENOMES, **zoo.WIDE}
+
+EXAMPLES = """\
+examples:
+  python -m evokernels export runs/quick/best_genome.json -o my_optimizer.py
+  python -m evokernels inspect evolved_2025 --backend cuda
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; 0, or 2 after an error, which is one line on stderr."""
+    options = _parser().parse_args(arguments)
+    try:
+        if options.terms is not None:
+            terms.load(options.terms)
+        options.command(_genome(options.genome), options)
+        sys.stdout.flush()
+    except EvokernelsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m evokernels",
+        description="Take an evolved optimizer anywhere, and look into it.",
+        epilog=EXAMPLES,
+        formatter_class=raw,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    export = commands.add_parser("export", help="write a genome as a torch optimizer, or as JSON")
+    export.set_defaults(command=_export)
+    _add_genome(export)
+    export.add_argument(
+        "-o",
+        "--output",
+        default="-",
+        metavar="FILE",
+        help="where to write; its name is that of the class: MyOptimizer in my_optimizer.py (stdout)",
+    )
+    export.add_argument(
+        "--format",
+        choices=("torch", "json"),
+        default="torch",
+        help="torch: a standalone torch.optim.Optimizer; json: the genome, to be loaded again "
+        "(torch)",
+    )
+    export.add_argument("--force", action="store_true", help="replace a file that exists")
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="show what a genome is and what runs it",
+        description="Show a genome's rule, canonical form, state, bytes, and which backends run it "
+        "here; with --backend instead the source of a kernel, for which no GPU is needed.",
+    )
+    inspect.set_defaults(command=_inspect)
+    _add_genome(inspect)
+    inspect.add_argument(
+        "--backend",
+        choices=(*SOURCES, "all"),
+        help="print the source of this backend's kernel (a summary without sources)",
+    )
+    inspect.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of the parameters (float32)"
+    )
+    return parser
+
+
+def _add_genome(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("genome", help=f"a JSON file, or a name of the zoo: {', '.join(_NAMED)}")
+    parser.add_argument(
+        "--terms", metavar="FILE", help="Python file that registers the terms of its own"
+    )
+
+
+def _genome(name: str) -> Genome:
+    """From a file, or from the zoo."""
+    if os.path.exists(name):
+        return Genome.load(name)
+    if name in _NAMED:
+        return _NAMED[name]
+    raise GenomeError(
+        f"there is no file {name!r}, and no such genome in the zoo: {', '.join(_NAMED)}"
+    )
+
+
+def _export(genome: Genome, options: argparse.Namespace) -> None:
+    if options.format == "json":
+        text = genome.to_json()
+    else:
+        named_after = options.genome if options.output == "-" else options.output
+        text = render_torch(genome, class_name(pathlib.Path(named_after).stem))
+    if options.output == "-":
+        print(text, end="")
+        return
+    if os.path.exists(options.output) and not options.force:
+        raise ExportError(
+            f"{options.output!r} exists; choose another name, or --force to replace it"
+        )
+    try:
+        write_whole(options.output, text)
+    except OSError as error:
+        raise ExportError(f"cannot write {options.output!r}: {error.strerror or error}") from None
+
+
+def _inspect(genome: Genome, options: argparse.Namespace) -> None:
+    dtype = getattr(torch, options.dtype)
+    if options.backend is None:
+        print(summary(genome, dtype), end="")
+    elif options.backend == "all":
+        for name in SOURCES:
+            print(f"======== {name}\n{source(genome, name, dtype)}")
+    else:
+        print(source(genome, options.backend, dtype), end="")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

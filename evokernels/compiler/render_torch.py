@@ -1,0 +1,318 @@
+"""Rule → the text of a `torch.optim.Optimizer` that stands alone: one file, which needs only torch.
+
+The update is written twice, for one tensor and for lists of tensors (``torch._foreach_*``), both
+from the same statements. The numbers of the genome, weights of terms apart, are default arguments.
+"""
+
+from __future__ import annotations
+
+import keyword
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+from string import Template
+from typing import NamedTuple
+
+from evokernels.compiler.describe import formula
+from evokernels.compiler.expr import Expr, symbols_of
+from evokernels.compiler.lower import Rule, lower
+from evokernels.compiler.schedule import warms_up
+from evokernels.compiler.spelling_torch import WIDTH, list_lines, tensor_lines
+from evokernels.compiler.statements import Statement, statements_of
+from evokernels.compiler.torch_template import FILE, HELPERS, MOMENTS
+from evokernels.errors import GenomeError
+from evokernels.genome import Genome, OwnTerm
+
+__all__ = ["class_name", "render_torch"]
+
+
+class _Option(NamedTuple):
+    """An argument of the optimizer; its default is text, None where it must be given."""
+
+    name: str
+    type: str
+    default: str | None
+    meaning: str
+
+
+def class_name(text: str) -> str:
+    """A name for the class, from that of a file or genome: ``my_optimizer`` → ``MyOptimizer``."""
+    words = re.findall(r"[A-Za-z0-9]+", text)
+    name = "".join(word[0].upper() + word[1:] for word in words)
+    imported = ("Any", "Callable", "Iterable", "Tensor")
+    if not name or name[0].isdigit() or keyword.iskeyword(name) or name in imported:
+        name = f"Optimizer{name}"
+    return name
+
+
+def render_torch(genome: Genome, name: str) -> str:
+    """The Python file, formatted as `ruff format` would with lines of 100 characters.
+
+    Args:
+        name: of the class.
+
+    Raises:
+        GenomeError: the genome's terms cancel, and nothing ever changes.
+    """
+    rule = lower(genome)
+    statements = statements_of(rule)
+    if not statements:
+        raise GenomeError(
+            "this genome leaves every parameter as it is, since its weights are zero or cancel; "
+            "there is no optimizer to write"
+        )
+    read = {symbol.name for each in statements for e in _numbers(each) for symbol in symbols_of(e)}
+    options = _options(genome, read)
+    names = [f'"{name}"' for name in rule.state_names.values()]
+    text = _filled(
+        FILE,
+        name=name,
+        documentation=_indented(1, _documentation(name, rule, options)),
+        arguments=_indented(2, _arguments(options)),
+        options=_indented(3, (f'"{option.name}": {option.name},' for option in options)),
+        checks=_indented(2, _checks(options)),
+        names=_moment_names(names) if names else "",
+        loading=MOMENTS if names else "",
+        moments=_indented(4, _new_moments(names)),
+        rates=_indented(3, _rates(genome, read)),
+        tensors=_indented(4, (f"[state[{each}] for state in states]," for each in names)),
+        numbers=_indented(4, (f'"{each}": {value},' for each, value in _values(read).items())),
+        one=_function("_update", "Tensor", rule, read, tensor_lines(statements)),
+        lists=_function("_update_lists", "list[Tensor]", rule, read, list_lines(statements)),
+    )
+    for function, helper in HELPERS.items():
+        if f"{function}(" in text:
+            text += helper
+    return text
+
+
+def _filled(text: str, **values: str) -> str:
+    """The template with its values; where a rule keeps no moments, lines about them are gone."""
+    for name in ("moments", "tensors"):
+        if not values[name]:
+            text = text.replace(f"${name}\n", "")
+    return Template(text).substitute(values)
+
+
+def _numbers(statement: Statement) -> Iterable[Expr]:
+    return (arg for arg in statement.args if isinstance(arg, Expr))
+
+
+def _options(genome: Genome, read: set[str]) -> list[_Option]:
+    """What the rule has, besides `maximize` and `foreach`."""
+    scheduled = warms_up(genome) or genome.use_cosine_decay
+    options = {
+        "lr": (
+            "float | Tensor",
+            genome.lr,
+            "learning rate"
+            + (", before warmup and decay; schedulers may change it." if scheduled else "."),
+        ),
+        "betas": (
+            "tuple[float, float]",
+            (genome.beta1, genome.beta2),
+            "beta1 and beta2, in [0, 1): what stays of the moments from step to step.",
+        ),
+        "eps": ("float", genome.eps, "added to denominators."),
+        "weight_decay": ("float", genome.weight_decay, "apart from the gradient, as in AdamW."),
+        "clip_value": ("float", genome.clip_value, "limit of each element of a gradient."),
+        "warmup_steps": ("int", genome.warmup_steps, "steps until the full learning rate, from 1."),
+        "total_steps": ("int", None, "length of the training in steps."),
+    }
+    has = {
+        "lr": True,
+        "betas": bool(read & {"beta1", "beta2", "bias1", "bias2"}),
+        "eps": "eps" in read,
+        "weight_decay": "weight_decay" in read,
+        "clip_value": "clip" in read,
+        "warmup_steps": warms_up(genome),
+        "total_steps": genome.use_cosine_decay or "progress" in read,
+    }
+    return [
+        _Option(name, type_, None if default is None else repr(default), meaning)
+        for name, (type_, default, meaning) in options.items()
+        if has[name]
+    ]
+
+
+def _arguments(options: Sequence[_Option]) -> Iterable[str]:
+    with_default = [option for option in options if option.default is not None]
+    yield from (f"{each.name}: {each.type} = {each.default}," for each in with_default)
+    yield "*,"
+    yield from (f"{each.name}: {each.type}," for each in options if each.default is None)
+
+
+def _checks(options: Sequence[_Option]) -> Iterable[str]:
+    """Of "group", the options that an added group will have."""
+    names = [option.name for option in options]
+    positive = [name for name in ("lr", "eps", "weight_decay") if name in names]
+    yield from (
+        f"for name in {_tuple(positive)}:",
+        "    if not 0.0 <= group[name] < math.inf:",
+        '        raise ValueError(f"{name} must be at least 0 and finite, got {group[name]}")',
+    )
+    if "betas" in names:
+        yield from (
+            'if not all(0.0 <= beta < 1.0 for beta in group["betas"]):',
+            "    raise ValueError(f\"betas must lie in [0, 1), got {group['betas']}\")",
+        )
+    if "clip_value" in names:
+        yield from (
+            'if not group["clip_value"] > 0.0:',
+            "    raise ValueError(f\"clip_value must be above 0, got {group['clip_value']}\")",
+        )
+    if steps := [name for name in ("warmup_steps", "total_steps") if name in names]:
+        yield from (
+            f"for name in {_tuple(steps)}:",
+            "    if not group[name] >= 1:",
+            '        raise ValueError(f"{name} must be at least 1, got {group[name]}")',
+        )
+
+
+def _moment_names(names: Sequence[str]) -> str:
+    line = f"MOMENTS = ({', '.join(names)}{',' * (len(names) == 1)})"
+    if len(line) > WIDTH:
+        line = "\n".join(["MOMENTS = (", *(f"    {name}," for name in names), ")"])
+    return f"\n# Their names in the state.\n{line}\n"
+
+
+def _new_moments(names: Sequence[str]) -> Iterable[str]:
+    if names:
+        yield from (
+            "for name in MOMENTS:",
+            "    if name not in state:",
+            "        state[name] = torch.zeros_like(p, dtype=_arithmetic(p))",
+        )
+
+
+def _rates(genome: Genome, read: set[str]) -> Iterable[str]:
+    """Numbers of a step that have a name there."""
+    if {"beta1", "bias1"} & read and {"beta2", "bias2"} & read:
+        yield 'beta1, beta2 = group["betas"]'
+    else:
+        for i in (1, 2):
+            if {f"beta{i}", f"bias{i}"} & read:
+                yield f'beta{i} = group["betas"][{i - 1}]'
+    yield 'lr = float(group["lr"])'
+    if warms_up(genome):
+        yield 'lr *= min(1.0, t / group["warmup_steps"])'
+    if genome.use_cosine_decay:
+        yield 'past = min(t - 1, group["total_steps"]) / group["total_steps"]'
+        yield "lr *= (1.0 + math.cos(math.pi * past)) / 2.0"
+
+
+def _values(read: set[str]) -> dict[str, str]:
+    """The numbers that an update is given, and what they are in `step`."""
+    values = {
+        "lr": "lr",
+        "beta1": "beta1",
+        "beta2": "beta2",
+        "bias1": "1.0 - beta1**t",
+        "bias2": "1.0 - beta2**t",
+        "eps": 'group["eps"]',
+        "weight_decay": 'group["weight_decay"]',
+        "clip": 'group["clip_value"]',
+        "progress": 'min(t, group["total_steps"]) / group["total_steps"]',
+        "t": "t",
+    }
+    return {_argument(name): value for name, value in values.items() if name in read}
+
+
+def _argument(name: str) -> str:
+    return "clip_value" if name == "clip" else name
+
+
+def _function(name: str, kind: str, rule: Rule, read: set[str], lines: Sequence[str]) -> str:
+    """The update as a function of tensors, or lists of tensors."""
+    types = {each: "int" if each == "t" else "float" for each in _values(read)}
+    meaning = {
+        "_update": "One step of one parameter, in place.",
+        "_update_lists": "The same for lists of parameters.",
+    }[name]
+    averages = (
+        f"# {operand} is {average}"
+        for operand, average in rule.state_names.items()
+        if operand not in ("m", "v")
+    )
+    return "\n".join(
+        [
+            f"def {name}(",
+            *(f"    {tensor}: {kind}," for tensor in ("p", "g", *rule.program.state)),
+            "    *,",
+            *(f"    {number}: {type_}," for number, type_ in types.items()),
+            ") -> None:",
+            f'    """{meaning}"""',
+            _indented(1, (*averages, *"\n".join(lines).splitlines())),
+        ]
+    )
+
+
+def _documentation(name: str, rule: Rule, options: Sequence[_Option]) -> Iterable[str]:
+    """Of the class."""
+    given = "".join(f", {option.name}=..." for option in options if option.default is None)
+    own = [term for term in dict.fromkeys(rule.genome.term_types) if isinstance(term, OwnTerm)]
+    state = {"m": "``exp_avg`` (m)", "v": "``exp_avg_sq`` (v)"}
+    kept = [state.get(key, f"``{value}`` ({key})") for key, value in rule.state_names.items()]
+    yield from (
+        f'"""An evolved update rule: ``{name}(model.parameters(){given})``.',
+        "",
+        "Step t = 1, 2, … of a parameter p with gradient g, for each element::",
+        "",
+        *(f"    {line}" for line in _broken(formula(rule.genome, named=True))),
+        "",
+        *_wrapped(
+            "t counts the steps in which the parameter had a gradient. Arithmetic and moments are "
+            "float32 for 16-bit parameters too, float64 for float64 ones. A NaN in a gradient "
+            "always reaches the parameter."
+        ),
+        "",
+        *_wrapped(
+            f"State of each parameter: {', '.join(['``step`` (t)', *kept])}; checkpoints of "
+            "evokernels.FusedEvolvedOptimizer load, and the other way round."
+        ),
+        "",
+        "Args:",
+        "    params: parameters, (name, parameter) pairs or groups, as for every torch optimizer.",
+        *(f"    {option.name}: {option.meaning}" for option in options),
+        "    maximize: go up the gradient instead of down.",
+        "    foreach: update lists of tensors at once instead of one after the other; None: yes,",
+        "        but for subclasses of tensors.",
+        "",
+        "Raises:",
+        "    ValueError: an option, or in a step a gradient, that it cannot use.",
+        "",
+        "Written by ``python -m evokernels export`` from this genome::",
+        "",
+        *(f"    {line}" for line in rule.genome.to_json().splitlines()),
+    )
+    if own:
+        yield from ("", "It has terms of its own::", "")
+        for term in own:
+            yield from (f"    {line}" for line in _broken(f"{term.name} = {term.formula}"))
+    yield '"""'
+
+
+def _broken(text: str) -> Iterable[str]:
+    """Lines that are short enough, those of sums broken before a plus."""
+    kept = "\u00a0"  # no place to break at
+    for line in text.replace(" + -", " - ").splitlines():
+        for sign in "*/":
+            line = line.replace(f" {sign} ", f"{kept}{sign}{kept}")
+        for part in textwrap.wrap(
+            line, WIDTH - 8, subsequent_indent="    ", break_long_words=False
+        ):
+            yield part.replace(kept, " ")
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH - 4, break_long_words=False, break_on_hyphens=False)
+
+
+def _tuple(items: Iterable[str]) -> str:
+    texts = [f'"{item}"' for item in items]
+    return f"({', '.join(texts)}{',' * (len(texts) == 1)})"
+
+
+def _indented(depth: int, lines: Iterable[str]) -> str:
+    """Lines behind the place where they are put, each with its newline but for the last."""
+    return "\n".join(f"{'    ' * depth}{line}" if line else "" for line in lines)
