@@ -37,7 +37,10 @@ from evokernels.kernels.cuda_source import cuda_source
 from evokernels.kernels.plan import STATE_DTYPES
 from evokernels.kernels.triton import module_of, options_of_nvidia
 
-__all__ = ["COMPILERS", "Case", "Code", "all_kinds", "compiled", "structures", "tensor_bytes"]
+__all__ = [
+    *("COMPILERS", "Case", "Code", "all_kinds", "compiled", "kinds_of", "structures"),
+    "tensor_bytes",
+]
 
 ARCHITECTURES = (75, 80, 90)
 OUTPUT = pathlib.Path(__file__).parent / "results" / "gpu_code.md"
@@ -200,13 +203,18 @@ def structures() -> Iterator[Structure]:
 def all_kinds() -> Iterator[Kind]:
     """Every structure, with all dtypes that parameters and moments may have."""
     for structure in structures():
-        moments = structure.program.state
-        for parameter, states in STATE_DTYPES.items():
-            for state in states if moments else states[:1]:
-                kind = Kind(structure, _name(parameter), _name(state), False)
-                yield kind
-                if "bfloat16" in kind.stored:
-                    yield kind._replace(stochastic=True)
+        yield from kinds_of(structure)
+
+
+def kinds_of(structure: Structure) -> Iterator[Kind]:
+    """A structure with all dtypes that parameters and moments may have."""
+    moments = structure.program.state
+    for parameter, states in STATE_DTYPES.items():
+        for state in states if moments else states[:1]:
+            kind = Kind(structure, _name(parameter), _name(state), False)
+            yield kind
+            if "bfloat16" in kind.stored:
+                yield kind._replace(stochastic=True)
 
 
 def tensor_bytes(kind: Kind) -> list[int]:

@@ -4,10 +4,15 @@ import functools
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from gpu_code import all_kinds
+from own_rules import AVERAGED, FORMULAS, rule_of
 
+from evokernels.compiler.lower import lower
+from evokernels.compiler.spelling import Kind
+from evokernels.compiler.structure import structure_of
 from evokernels.errors import BackendError
 from evokernels.kernels import cache, nvrtc
 from evokernels.kernels.cuda_source import cuda_source
@@ -70,6 +75,22 @@ kind = Kind(structure_of(lower(adam)), "float32", "float32", False)
 code = nvrtc.cubin(cuda_source([kind], 64), 75)
 sys.stdout.buffer.write(code)
 """
+
+
+def test_a_new_structure_is_compiled_within_a_second(monkeypatch, tmp_path):
+    """And within 5 ms where that was done before, rendering and reading included."""
+    monkeypatch.setenv("EVOKERNELS_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("evokernels.genome._own_terms", {})
+    rule = lower(rule_of(AVERAGED["four averages"], FORMULAS["tanh"]))
+    kind = Kind(structure_of(rule), "float32", "float32", False)
+    nvrtc.cubin(cuda_source([next(all_kinds())], 64), 75)  # the library itself is loaded
+    seconds = []
+    for _ in range(6):
+        start = time.process_time()
+        nvrtc.cubin(cuda_source([kind], 64), 75)
+        seconds.append(time.process_time() - start)
+    assert 0.05 < seconds[0] < 1
+    assert min(seconds[1:]) < 0.005
 
 
 def test_a_second_process_compiles_nothing(tmp_path):

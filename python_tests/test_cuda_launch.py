@@ -387,12 +387,13 @@ def steps_of(backend, counts):
     [
         ([1000, 3, 4097], 13000, 1),
         ([7] * 500, 13000, 1),
-        ([7] * 500, 12000, 2),  # parameters of 4 KB: the addresses of 483 gradients
+        ([7] * 500, 12000, 2),  # parameters of 4 KB: the addresses of 482 gradients
     ],
 )
 def test_whole_steps(on_host, api, counts, version, launches):
     api.number = version
-    expected, _ = steps_of(CudaOnHost(resident=120), counts)
+    # in as many launches: the sum of the squares is rounded in another order in more
+    expected, _ = steps_of(CudaOnHost(on_host.most_words, resident=120), counts)
     actual, taken = steps_of(on_host, counts)
     assert taken == launches
     assert api.names().count("cuLaunchKernel") == 4 * launches

@@ -12,6 +12,7 @@ import pytest
 import torch
 from contract import RICH, assert_same
 from cuda_on_host import CudaOnHost
+from own_rules import AVERAGED, FORMULAS, rule_of
 from torch import nn
 
 from evokernels import FusedEvolvedOptimizer, zoo
@@ -95,15 +96,21 @@ def optimizer_of(params, genome=SCHEDULED, backend="recording", **options):
     return FusedEvolvedOptimizer(groups, genome, total_steps=800, backend=backend, **options)
 
 
+@pytest.mark.parametrize("genome", [SCHEDULED, "own"], ids=["classic", "own"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_captured_step_replayed_equals_as_many_steps(recording, dtype):
-    """Counting, schedule, bias correction, learning rate, loss scale, found_inf and norm go on."""
+def test_a_captured_step_replayed_equals_as_many_steps(recording, monkeypatch, dtype, genome):
+    """Counting, schedule, bias correction, learning rate, loss scale, found_inf and norm go on; and
+    so do progress and averages with a bias of their own."""
+    if genome == "own":
+        monkeypatch.setattr("evokernels.genome._own_terms", {})
+        own = (FORMULAS["exp"], FORMULAS["where"], AVERAGED["four averages"])
+        genome = rule_of(*own, use_bias_correction=True, lr_log10=-3.0)
     steps = 1000
     runs = []
     for replayed in (False, True):
         params = parameters(dtype)
         options = {"stochastic_rounding": True} if dtype == torch.bfloat16 else {}
-        optimizer = optimizer_of(params, max_grad_norm=3.0, **options)
+        optimizer = optimizer_of(params, genome, max_grad_norm=3.0, **options)
         optimizer.grad_scale, optimizer.found_inf = torch.tensor([1.0]), torch.tensor([0.0])
         schedulers = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.999)
         optimizer.step()

@@ -1,5 +1,6 @@
 """The Triton backend: the functions that its kernels bring along, and what it says."""
 
+import math
 import sys
 
 import numpy as np
@@ -9,6 +10,7 @@ from triton_interpreter import interpreted, interpreted_module
 
 from evokernels import zoo
 from evokernels.compiler.lower import lower
+from evokernels.compiler.ops import OPS
 from evokernels.kernels.triton import TritonBackend
 
 pytest.importorskip("triton")
@@ -57,6 +59,38 @@ def test_expm1():
         np.abs(probed("expm1", x) - exact) <= 2.5 * np.spacing(np.abs(exact.astype(float)))
     ).all()
     assert probed("expm1", np.array([-np.inf, 0.0])).tolist() == [-1.0, 0.0]
+
+
+def numbers(dtype):
+    """Of every size, from the smallest to those whose logarithm is taken of a square."""
+    rng = np.random.default_rng(0)
+    last = 120 if dtype == np.float32 else 1000
+    sizes = np.exp2(rng.uniform(-last, last, 4096))
+    usual = [rng.uniform(-most, most, 2048) for most in (1, 2, 20)]
+    beyond = [0.0, -0.0, -104, -103, 88.7, 89, 720, -746, 1e-40, -1e-40, 1e300, -1.0, -1 + 2.0**-24]
+    rest = [math.nan, math.inf, -math.inf, *beyond]
+    found = np.concatenate([*usual, sizes, -sizes, np.resize(rest, 2048)])  # 2^14
+    with np.errstate(all="ignore"):
+        return found.astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("name", "meaning", "most"),
+    [("exponential", "exp", 1.0), ("log1p", "log1p", 1.7), ("tanh", "tanh", 1.5)],
+)
+def test_functions_are_right_but_for_the_last_place(name, meaning, most, dtype):
+    """In units in the last place, subnormal results included; and where the result is no number."""
+    x = numbers(dtype)
+    with np.errstate(all="ignore"):
+        exact = OPS[meaning].meaning(x.astype(np.float64 if dtype == np.float32 else np.longdouble))
+        rounded = exact.astype(dtype)
+    actual, finite = probed(name, x), np.isfinite(rounded)
+    assert np.array_equal(actual[~finite], rounded[~finite], equal_nan=True)
+    assert finite.sum() > 8000
+    assert np.isnan(rounded).any()
+    error = np.abs(actual[finite] - exact[finite]) / np.spacing(np.abs(rounded[finite]))
+    assert error.max() < most, x[finite][error.argmax()]
 
 
 # the backend

@@ -37,7 +37,7 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(0.693359375)
 LN2_REST = tl.constexpr(math.log(2) - 0.693359375)
 ROOT_HALF_BITS = tl.constexpr(0x3F3504F3)  # those of sqrt(1/2) as float32
-INFINITY, NAN = tl.constexpr(math.inf), tl.constexpr(math.nan)
+INFINITY = tl.constexpr(math.inf)
 
 
 @triton.jit
@@ -143,7 +143,7 @@ def log1p(x):
     u = 1.0 + x
     lost = tl.where(x < 1.0, x - (u - 1.0), 1.0 - (u - x))
     near = logarithm(u) + divide(lost, u)
-    beyond = tl.where(x == INFINITY, INFINITY, tl.where(x == -1.0, -INFINITY, NAN))
+    beyond = tl.where(x == INFINITY, INFINITY, tl.where(x == -1.0, -INFINITY, float("nan")))
     return tl.where((x > -1.0) & (x < INFINITY), near, beyond)
 
 
