@@ -27,6 +27,7 @@ _NEW = {
     "over": "{1} / {0}",
     "axpy": "torch.add({0}, {1}, alpha={2})",
     "addcmul": "torch.addcmul({0}, {1}, {2}, value={3})",
+    "clone": "{0}.clone()",
     "sign": "_sign({0})",
     "where": "_where({0}, {1}, {2}, {3})",
     **{name: f"{{0}}.{name}()" for name in _UNARY},

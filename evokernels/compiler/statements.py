@@ -39,7 +39,8 @@ class Statement:
 
     Operations are those of `compiler.ops` without "fma", "weigh", "weigh_add", "min" and "max". In
     their place: "axpy", a + k * x for (a, x, k); "addcmul", a + k * x * y for (a, x, y, k); "over",
-    k / x for (x, k); "clamp_min", "clamp_max", "copy". But for "where", tensors are before numbers.
+    k / x for (x, k); "clamp_min", "clamp_max", "clone", "copy". But for "where", tensors come
+    before numbers.
 
     Attributes:
         args: in place, the first one is the target.
@@ -213,6 +214,9 @@ class _Naming:
                 }
                 name = _unused(wish or _called(line, names), live | set(self._results))
             args = tuple(names.get(arg, arg) for arg in line.args)
+            if line.guard is not None and not in_place:  # there must be something without it
+                statements.append(Statement(name, "clone", args[:1]))
+                args, in_place = (name, *args[1:]), True
             guard = line.guard
             statements.append(Statement(name, line.op, args, in_place, guard))
             names[line.target] = name
