@@ -71,8 +71,8 @@ $rates
 $numbers
             }
             foreach = group["foreach"]
-            if foreach is None:
-                foreach = type(params[0]) in (Tensor, torch.nn.Parameter)
+            if foreach is None:  # as torch's optimizers choose
+                foreach = params[0].is_cuda and type(params[0]) in (Tensor, torch.nn.Parameter)
             if foreach:
                 _update_lists(*tensors, **numbers)
             else:
