@@ -146,7 +146,8 @@ def test_a_summary_says_what_runs_it(run):
     assert [name for name in BACKENDS if not re.search(rf"^  {name} ", text, re.M)] == []
     if not torch.cuda.is_available():
         assert "  cuda   not here: torch finds no CUDA device\n" in text
-    assert "update   m / bias1 / (sqrt(1 / bias2) * sqrt(v) + 1e-08)" in run("inspect", "adam")[1]
+    corrected = "1 / (1 - 0.9^t) * m / (sqrt(1 / (1 - 0.999^t)) * sqrt(v) + 1e-08)"
+    assert f"update   {corrected}\n" in run("inspect", "adam")[1]
     assert "memory   16 bytes" in run("inspect", "adam", "--dtype", "float64")[1]
 
 
