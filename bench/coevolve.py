@@ -16,10 +16,11 @@ from commandline import (
     Bar,
     add_run_options,
     add_settings,
+    generation_log,
     run_exit_code,
+    training_workers,
     with_folder,
     with_options,
-    worker_count,
 )
 
 from evokernels.compiler.describe import formula
@@ -111,14 +112,17 @@ def run(options: argparse.Namespace) -> None:
     values = PRESETS[options.preset].to_dict()
     settings = CoevolutionSettings.from_dict(with_options(values, options))
     print(plan(settings), flush=True)
-    with Bar() as bar:
+    with (
+        training_workers(options, settings.threads, settings.device) as workers,
+        Bar() as bar,
+        generation_log(options) as log,
+    ):
         result = coevolve(
             settings,
             options.out,
-            data_dir=options.data_dir,
-            workers=worker_count(options, settings.threads, settings.device),
-            time_limit=options.time_limit,
+            **workers,
             on_progress=bar.show,
+            on_generation=log,
         )
     print(summary(settings, options.out, result))
 

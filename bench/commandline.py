@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
 from evokernels import terms
-from evokernels.errors import EvokernelsError
+from evokernels.errors import EvokernelsError, SettingsError, WorkerError
 from evokernels.evolution.devices import find_device
+from evokernels.evolution.evaluations import OnGeneration
 from evokernels.evolution.precision import PRECISIONS, best_precision
+from evokernels.evolution.tensorboard import TensorBoardLog
 
 __all__ = [
     "Bar",
@@ -23,13 +26,17 @@ __all__ = [
     "add_run_options",
     "add_settings",
     "exit_code",
+    "generation_log",
     "markdown",
     "resolved_precision",
     "run_exit_code",
+    "training_workers",
     "with_folder",
     "with_options",
     "worker_count",
 ]
+
+LOGS = "tensorboard"
 
 
 def exit_code(command: Callable[[], None], resume_hint: str) -> int:
@@ -127,6 +134,11 @@ def add_run_options(parser: argparse.ArgumentParser, prefix: str = "") -> None:
     parser.add_argument(
         "--out", type=pathlib.Path, metavar="DIR", help=f"the run folder (runs/{prefix}<preset>)"
     )
+    parser.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help=f"log every generation for TensorBoard into {LOGS} in the run folder",
+    )
     add_machine_options(parser)
 
 
@@ -134,6 +146,16 @@ def with_folder(options: argparse.Namespace) -> argparse.Namespace:
     """With a run folder named after the preset, where none is given."""
     options.out = options.out or pathlib.Path("runs") / f"{options.prefix}{options.preset}"
     return options
+
+
+@contextlib.contextmanager
+def generation_log(options: argparse.Namespace) -> Iterator[OnGeneration]:
+    """What ``--tensorboard`` asks for; raises SettingsError where that is not installed."""
+    if not options.tensorboard:
+        yield lambda number, scalars: None
+        return
+    with TensorBoardLog(options.out / LOGS) as log:
+        yield log.add
 
 
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
@@ -148,7 +170,25 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
         type=positive,
         metavar="N",
         help="processes that train; the result does not depend on them "
-        "(as many as the processor has cores for; 1 on a CUDA device)",
+        "(as many as the processor has cores for; 1 on a CUDA device; in a cluster, all that there "
+        "is room for)",
+    )
+    parser.add_argument(
+        "--executor",
+        choices=("processes", "ray"),
+        default="processes",
+        help="who trains: processes of this machine, or workers of a Ray cluster (processes)",
+    )
+    parser.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="of the Ray cluster, or auto: the one of this machine (one is started here)",
+    )
+    parser.add_argument(
+        "--gpus-per-worker",
+        type=float,
+        metavar="SHARE",
+        help="of a GPU, that each worker of a Ray cluster has on a CUDA device (1)",
     )
     parser.add_argument(
         "--time-limit",
@@ -202,6 +242,42 @@ def worker_count(options: argparse.Namespace, threads: int, device: str) -> int:
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     return max(1, available // threads)
+
+
+@contextlib.contextmanager
+def training_workers(
+    options: argparse.Namespace, threads: int, device: str
+) -> Iterator[dict[str, Any]]:
+    """Who trains, where data are and how long a run may take, as the arguments of a run.
+
+    Raises:
+        SettingsError: options that do not belong together.
+        WorkerError: there is no such cluster.
+    """
+    common = {"data_dir": options.data_dir, "time_limit": options.time_limit}
+    if options.executor == "processes":
+        for name in ("address", "gpus_per_worker"):
+            if getattr(options, name) is not None:
+                raise SettingsError(f"--{name.replace('_', '-')} is for --executor ray alone")
+        yield {**common, "workers": worker_count(options, threads, device)}
+        return
+    if device not in ("cpu", "cuda"):
+        raise SettingsError(
+            f"with --executor ray the device is cpu or cuda, got {device!r}: the cluster says "
+            "which GPU a worker has"
+        )
+    try:
+        from evokernels.evolution.ray_executor import Need, RayExecutor
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise WorkerError(
+            "--executor ray needs Ray, which is not installed: pip install 'evokernels[ray]'"
+        ) from None
+    gpus = 1.0 if options.gpus_per_worker is None else options.gpus_per_worker
+    need = Need(threads, gpus if device == "cuda" else 0.0)
+    with RayExecutor(need, options.workers, options.address) as executor:
+        yield {**common, "executor": executor}
 
 
 class Bar:

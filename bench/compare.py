@@ -22,7 +22,7 @@ from commandline import (
     positive,
     resolved_precision,
     run_exit_code,
-    worker_count,
+    training_workers,
 )
 
 from evokernels import zoo
@@ -132,13 +132,11 @@ def run(options: argparse.Namespace) -> None:
         options.device,
         options.tune,
     )
-    with Bar() as bar:
+    with training_workers(options, options.threads, options.device) as workers, Bar() as bar:
         result = compare(
             contest,
             options.out,
-            data_dir=options.data_dir,
-            workers=worker_count(options, options.threads, options.device),
-            time_limit=options.time_limit,
+            **workers,
             on_progress=bar.show,
         )
     print(summary(contest, options.out, result))
@@ -174,7 +172,7 @@ def summary(contest: Contest, folder: pathlib.Path, result: ContestResult) -> st
             f"{LARGEST_FACTOR:g} times its own, with warmup and cosine or constant; chosen on "
             f"{conditions.validation_samples} validation samples."
         )
-    has = " and ".join(report.COMPARISON_FILES)
+    has = ", ".join(report.COMPARISON_FILES)
     return "\n".join([*lines, "", result.tables(), "", f"{folder} has {has} and the journal."])
 
 

@@ -15,11 +15,12 @@ from commandline import (
     Bar,
     add_run_options,
     add_settings,
+    generation_log,
     positive,
     run_exit_code,
+    training_workers,
     with_folder,
     with_options,
-    worker_count,
 )
 
 from evokernels.compiler.describe import formula
@@ -146,15 +147,18 @@ def chosen_settings(options: argparse.Namespace) -> RunSettings:
 def run(options: argparse.Namespace) -> None:
     """Run or resume, write the report, print the result."""
     settings = chosen_settings(options)
-    with Bar() as bar:
+    with (
+        training_workers(options, settings.threads, settings.device) as workers,
+        Bar() as bar,
+        generation_log(options) as log,
+    ):
         result = evolve(
             settings,
             options.out,
-            data_dir=options.data_dir,
-            workers=worker_count(options, settings.threads, settings.device),
-            time_limit=options.time_limit,
+            **workers,
             audits=options.audit,
             on_progress=bar.show,
+            on_generation=log,
         )
     print(summary(settings, options.out, result))
 

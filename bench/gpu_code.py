@@ -35,7 +35,7 @@ from evokernels.kernels import nvrtc
 from evokernels.kernels.cuda import LEAST_WORDS
 from evokernels.kernels.cuda_source import cuda_source
 from evokernels.kernels.plan import STATE_DTYPES
-from evokernels.kernels.triton import OPTIONS_OF_NVIDIA, module_of
+from evokernels.kernels.triton import module_of, options_of_nvidia
 
 __all__ = ["COMPILERS", "Case", "Code", "all_kinds", "compiled", "structures", "tensor_bytes"]
 
@@ -79,6 +79,7 @@ def triton_code(kinds: Sequence[Kind], architecture: int, kernel: str = "update"
     import triton
 
     function = getattr(module_of(render_module(kinds)), kernel)
+    options = options_of_nvidia(kinds)
     pointers = {"words": "*i64", "numbers": "*fp64"}
     signature = {name: pointers[name] for name in function.arg_names}
     # as a launch says of tensors that torch has allocated
@@ -91,9 +92,9 @@ def triton_code(kinds: Sequence[Kind], architecture: int, kernel: str = "update"
         triton.knobs.compilation.always_compile = True
         triton.knobs.nvidia.dump_ptxas_log = True
         with contextlib.redirect_stdout(log):
-            made = triton.compile(source, target=target, options=OPTIONS_OF_NVIDIA).asm
+            made = triton.compile(source, target=target, options=options).asm
     seconds = _processor_time() - start
-    threads = 32 * OPTIONS_OF_NVIDIA["num_warps"]
+    threads = 32 * options["num_warps"]
     return _code(kernel, threads, made["ptx"], log.getvalue(), seconds, len(made["cubin"]))
 
 

@@ -9,6 +9,7 @@ and it resumes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -24,8 +25,8 @@ from commandline import (
     markdown,
     positive,
     run_exit_code,
+    training_workers,
     with_options,
-    worker_count,
 )
 from landscape import Landscape, truth
 
@@ -132,14 +133,17 @@ def equally_costly(settings: RunSettings, result: RunResult) -> RunSettings:
 
 def evolution(options: argparse.Namespace, settings: RunSettings, name: str) -> RunResult:
     """Made, or looked up, in a folder of that name."""
-    with Bar() as bar:
+    with contextlib.ExitStack() as stack:
+        if options.landscape:
+            workers = {"executor": Landscape()}
+        else:
+            opened = training_workers(options, settings.threads, settings.device)
+            workers = stack.enter_context(opened)
+        bar = stack.enter_context(Bar())
         return run_evolution(
             settings,
             options.out / name,
-            data_dir=options.data_dir,
-            workers=worker_count(options, settings.threads, settings.device),
-            time_limit=options.time_limit,
-            executor=Landscape() if options.landscape else None,
+            **workers,
             on_progress=lambda done, expected, note: bar.show(done, expected, f"{name}, {note}"),
         )
 

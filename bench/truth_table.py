@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from commandline import Bar, add_machine_options, run_exit_code, worker_count
+from commandline import Bar, add_machine_options, run_exit_code, training_workers
 
 from evokernels import Architecture, Genome, zoo
 from evokernels.errors import JournalError
@@ -98,15 +98,14 @@ def run(options: argparse.Namespace) -> None:
     trials = {pair: trial(*pair) for pair in PAIRS}
     settings = {**dataclasses.asdict(CONDITIONS), "threads": THREADS, "device": "cpu"}
     with (
+        training_workers(options, THREADS, "cpu") as workers,
         Bar() as bar,
         open_evaluations(
             options.out,
             settings,
             CONDITIONS,
             bar.show,
-            data_dir=options.data_dir,
-            workers=worker_count(options, THREADS, "cpu"),
-            time_limit=options.time_limit,
+            **workers,
         ) as evaluations,
     ):
         evaluations.make(map(Request.after_search, trials.values()), 0, "pairs")

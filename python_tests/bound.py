@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import mmap
+from unittest import mock
 
 import torch
 
-from evokernels import Genome, Term
+from evokernels import Genome, Term, genome
+from evokernels.compiler.expr import Expr
 from evokernels.compiler.lower import lower
 from evokernels.kernels.device import DeviceBackend
 from evokernels.kernels.plan import ARITHMETIC, STATE_DTYPES, BoundTensor
 from evokernels.kernels.registry import BACKENDS
+from evokernels.terms import average, g, m, v
 
 # Those that take their numbers from the host.
 HOST_BACKENDS = {
@@ -24,6 +27,22 @@ SIGN = Genome(term_types=[Term.SIGN_GRAD], **PLAIN)
 MOMENTUM = Genome(term_types=[Term.MOMENTUM], beta1=0.0, **PLAIN)  # m is the gradient itself
 BOTH = Genome(
     term_types=["MOMENTUM", "RMS_NORM"], alphas=[1.0, 1.0], beta1=0.5, beta2=0.75, **PLAIN
+)
+
+
+def own(*formulas: Expr, **genes) -> Genome:
+    """A genome of terms that nobody else hears of."""
+    with mock.patch.object(genome, "_own_terms", {}):
+        terms = [genome.add_own_term(f"OWN{i}", formula) for i, formula in enumerate(formulas)]
+        return Genome(terms, [1.0] * len(terms), **{**PLAIN, **genes})
+
+
+# As many operands as there may be, in single operations that torch rounds alike.
+FULL = own(
+    *(average(x, beta) for x, beta in ((g, 0.875), (abs(g), 0.5), (g * g, 0.25), (g - 1, 0.75))),
+    *(m, v),
+    beta1=0.5,
+    beta2=0.75,
 )
 
 

@@ -3,6 +3,7 @@ narrower, and memory that notices when a neighbour is written to."""
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Sequence
 
@@ -34,6 +35,7 @@ def hyperparameters(
         "clip": genome.clip_value,
         "direction": 1.0,
         **schedule_lengths(genome, total_steps),
+        "training_steps": math.inf if total_steps is None else float(total_steps),
         **changes,
     }
     return [values[symbol.name] for symbol in GROUP_INPUTS]

@@ -1,9 +1,8 @@
-EVK_CLONES void adam(void *p_tensor, const void *g_tensor, void *m_tensor,
-                       void *v_tensor, int64_t n, const double *scalars) {
-    float *restrict p_ = p_tensor;
-    const float *restrict g_ = g_tensor;
-    float *restrict m_ = m_tensor;
-    float *restrict v_ = v_tensor;
+EVK_CLONES void adam(void *const *tensors, int64_t n, const double *scalars) {
+    float *restrict p_ = tensors[EVK_P];
+    const float *restrict g_ = tensors[EVK_G];
+    float *restrict m_ = tensors[EVK_M];
+    float *restrict v_ = tensors[EVK_V];
     const float k0 = (float)scalars[0]; /* gradient_factor */
     const float k1 = (float)scalars[1]; /* 1 - beta1 */
     const float k2 = (float)scalars[2]; /* beta1 */
@@ -14,6 +13,7 @@ EVK_CLONES void adam(void *p_tensor, const void *g_tensor, void *m_tensor,
     const float k7 = (float)scalars[7]; /* weight of sqrt(v) in / (sqrt(v) + 1) */
     const float k8 = (float)scalars[8]; /* weight of 1 in / (sqrt(v) + 1) */
     const float k9 = (float)scalars[9]; /* -1 * lr */
+#pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
         const float p = load_float32(p_[i]);
         const float g = load_float32(g_[i]);

@@ -14,6 +14,7 @@ import statistics
 import sys
 
 import pytest
+from report_page import lasting
 from synthetic import SyntheticTraining, killed_after
 
 from evokernels import Architecture, Genome, zoo
@@ -28,6 +29,7 @@ from evokernels.evolution.coevolution_history import (
 from evokernels.evolution.coevolution_report import FILES
 from evokernels.evolution.coevolution_settings import CoevolutionSettings
 from evokernels.evolution.coevolving import coevolve
+from evokernels.evolution.html_report import REPORT
 from evokernels.evolution.journal import JOURNAL
 from evokernels.evolution.pairs import Measured, Pair, worth
 from evokernels.evolution.trial import Conditions, Outcome, Purpose
@@ -97,7 +99,8 @@ def query(folder, sql):
 
 
 def contents(folder):
-    return {name: (folder / name).read_bytes() for name in FILES if name not in PICTURES}
+    files = {name: (folder / name).read_bytes() for name in FILES if name not in PICTURES}
+    return {**files, REPORT: lasting(files[REPORT].decode())}
 
 
 def failed(trial, outcome):

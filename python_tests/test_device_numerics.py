@@ -16,16 +16,19 @@ from oracle import (
     DTYPES,
     SHAPES,
     assert_near,
+    eager_formulas,
     eager_step,
     eager_steps,
     exact_step,
     exact_steps,
+    exact_update,
     precise,
     random_genome,
 )
+from own_rules import AVERAGED, FORMULAS, WIDE, averages_by_operand, rule_of
 from triton_interpreter import TritonInterpreted
 
-from evokernels import Genome, Term, zoo
+from evokernels import Genome, Term, terms, zoo
 from evokernels.compiler.lower import lower
 from evokernels.compiler.schedule import learning_rate_factor
 from evokernels.compiler.terms import genome_scalars
@@ -35,6 +38,7 @@ from evokernels.kernels.memory import memory_order, overlaps_itself
 from evokernels.kernels.plan import ARITHMETIC, BoundTensor, Numbers, Rounding
 from evokernels.kernels.registry import BACKENDS
 from evokernels.kernels.rounding import random_bits
+from evokernels.terms import beta1, beta2, clip, exp, log1p, progress, tanh, where
 
 # of vectors of two to eight elements, of chunks, of what all threads of a block take at a time
 SIZES = [0, 1, 2, 7, 8, 9, 1023, 1024, 1025, 2047, 2049, 4097, 8192, 8193]
@@ -83,6 +87,11 @@ class Target:
         """`genomes`: one for each tensor, or for all; `limits` as in `Limited`."""
         genomes = [genomes] * len(tensors) if isinstance(genomes, Genome) else genomes
         return Steps(Limited(self.backend, **(limits or {})), tensors, genomes, **options)
+
+
+@pytest.fixture(autouse=True)
+def _no_terms_are_left(monkeypatch):
+    monkeypatch.setattr("evokernels.genome._own_terms", {})
 
 
 @pytest.fixture(
@@ -192,6 +201,63 @@ def test_moments_of_every_format_match_the_reference(target, dtype, state):
                 assert_near(actual.cpu(), exact[i][place], yardstick[i][place], actual.dtype, what)
 
 
+@per_format
+def test_rules_of_other_terms_match_the_reference(target, dtype, state):
+    """Of a user's own and of the wide catalogue, averages included; four steps."""
+    arithmetic = state == ARITHMETIC[dtype]
+    formulas = FORMULAS if arithmetic else AVERAGED
+    chosen = [*formulas.values(), *(WIDE if dtype == torch.float32 else ())]
+    # far from quotients of which nobody computes more than a few digits
+    genomes = [rule_of(each, lr_log10=-1.0, eps_log10=-2.0) for each in chosen]
+    n = 1030 if target.interpreted else 3001
+    tensors = [target.bound(g, random((n,), dtype, i), state) for i, g in enumerate(genomes)]
+    steps = target.steps(tensors, genomes, total_steps=TOTAL_STEPS)
+    zeros = torch.zeros(n, dtype=state)
+    starts = [
+        {"p": b.parameter.cpu().clone(), **dict.fromkeys(("m", "v", *kept.values()), zeros)}
+        for b, kept in zip(tensors, map(averages_by_operand, genomes), strict=True)
+    ]
+    eager, exact = starts, [{name: precise(x) for name, x in row.items()} for row in starts]
+    for t in range(1, 5):
+        gradients = [random((n,), dtype, 1000 * t + i) for i in range(len(genomes))]
+        steps.run(target.copies(gradients))
+        rows = list(zip(genomes, gradients, strict=True))
+        exact = [
+            exact_update(genome, {**row, "g": precise(g)}, t, TOTAL_STEPS)
+            for (genome, g), row in zip(rows, exact, strict=True)
+        ]
+        eager = [
+            eager_formulas(genome, {**row, "g": g}, t, TOTAL_STEPS)
+            for (genome, g), row in zip(rows, eager, strict=True)
+        ]
+    for genome, b, truth, yardstick in zip(genomes, tensors, exact, eager, strict=True):
+        kept = averages_by_operand(genome)
+        assert b.moments.keys() >= kept.keys()
+        for operand, actual in {"p": b.parameter, **b.moments}.items():
+            name, what = kept.get(operand, operand), f"{lower(genome).state_names} {operand}"
+            assert_near(actual.cpu(), truth[name], yardstick[name], actual.dtype, what)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_not_finite_gradients_show_in_own_terms(target, name, bad):
+    """As in the definition; what is not finite is never hidden."""
+    rule = rule_of(FORMULAS[name])
+    kept = averages_by_operand(rule)
+    start, g = random((20,), torch.float32, 0), random((20,), torch.float32, 1)
+    g[::5] = bad
+    tensor = target.bound(rule, start, torch.float32)
+    steps = target.steps([tensor], rule, total_steps=TOTAL_STEPS)
+    exact = {"p": precise(start), **dict.fromkeys(("m", "v", *kept.values()), np.zeros(20))}
+    for t in (1, 2):
+        steps.run(target.copies([g]))
+        exact = exact_update(rule, {**exact, "g": precise(g)}, t, TOTAL_STEPS)
+    actual, expected = tensor.parameter.cpu().numpy(), exact["p"]
+    assert np.array_equal(np.isfinite(actual), np.isfinite(expected))
+    if np.isnan(bad):
+        assert np.array_equal(np.isnan(actual), np.isnan(expected))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_not_finite_gradients_show(target, bad):
     genomes = [random_genome(seed) for seed in range(8 if target.interpreted else 40)]
@@ -256,6 +322,36 @@ def test_every_size_and_alignment(target, dtype, state, shifted):
     assert not any(g.any() for g in gradients)
 
 
+@pytest.mark.parametrize("shifted", ["", "a0", "a3", "m"])
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
+def test_averages_of_every_size_and_alignment(target, state, shifted):
+    """Of small numbers they are exact in every format."""
+    rule = rule_of(AVERAGED["four averages"], beta1=0.5, beta2=0.75)
+    tensors, gradients = [], []
+    for n in FEW_SIZES if target.interpreted else SIZES:
+        g = torch.arange(n).mul(7).remainder(13).sub(6).float()
+        tensors.append(target.bound(rule, torch.zeros(n), state))
+        for name, moment in tensors[-1].moments.items():
+            tensors[-1].moments[name] = target.copy(moment, name in shifted)
+        gradients.append(target.copy(g))
+    steps = target.steps(tensors, rule)
+    assert {bool(r["aligned"]) for r in steps.plan._records if r["elements"]} == {not shifted}
+    g = on_host(gradients).double()
+    steps.run(gradients, clear=True)
+    moments = {name: on_host([b.moments[name] for b in tensors]) for name in tensors[0].moments}
+    expected = {
+        terms.average(terms.g, beta1): 0.5 * g,
+        terms.average(terms.g, beta2): 0.25 * g,
+        terms.average(abs(terms.g), 0.5): 0.5 * g.abs(),
+        terms.average(terms.g * terms.g, beta2): 0.25 * g * g,
+    }
+    assert_same_bits([moments.pop("m")], [(0.5 * g).to(state)])
+    for operand, average in averages_by_operand(rule).items():
+        assert_same_bits([moments.pop(operand)], [expected[average].to(state)], operand)
+    assert not moments
+    assert not any(g.any() for g in gradients)
+
+
 @pytest.mark.parametrize("shift", [0, 1])
 @per_format_and_rounding
 def test_bits_are_those_of_the_native_backend(target, dtype, state, shift, rounding):
@@ -282,7 +378,10 @@ def test_bits_are_those_of_the_native_backend(target, dtype, state, shift, round
 def test_no_layout_changes_a_bit(target, dtype, state, rounding):
     """Against the same elements one after another, in the order in which they are counted."""
     dense, strided, owners, gradients = [], [], [], []
-    for genome in (BOTH,) if target.compiles_slowly else (BOTH, zoo.evolved_2025, SIGN):
+    averages = rule_of(AVERAGED["four averages"])
+    few = (BOTH, averages) if state == torch.bfloat16 else (BOTH,)
+    all_rules = (BOTH, averages, zoo.evolved_2025, SIGN)
+    for genome in few if target.compiles_slowly else all_rules:
         for parameter, gradient in layouts(dtype)[1].values():
             tensor = target.bound(genome, parameter, state, rounding)
             for name in tensor.moments:  # moments that lie like neither, between others
@@ -329,17 +428,18 @@ def test_the_layout_of_a_gradient_may_change(target):
 @pytest.mark.parametrize(("dtype", "state"), ROUNDED_RANDOMLY, ids=str)
 def test_the_same_bits_are_drawn_as_elsewhere(target, dtype, state, taken):
     """As the eager backend does, whatever the layout; and in vectors as one by one."""
+    rule = BOTH if taken else rule_of(AVERAGED["four averages"], beta1=0.5, beta2=0.75)
     rounding = Rounding(12345678901234567890, 3)
     pairs = [*layouts(dtype)[1].values()]
     sizes = (1025,) if target.interpreted else (1025, 8200)
     pairs += [(random((n,), dtype, n), random((n,), dtype, -n)) for n in sizes]
-    mine = [target.bound(BOTH, p, state, rounding) for p, _ in pairs]
-    eager = [Guarded().bound(BOTH, p, state, rounding) for p, _ in pairs]
+    mine = [target.bound(rule, p, state, rounding) for p, _ in pairs]
+    eager = [Guarded().bound(rule, p, state, rounding) for p, _ in pairs]
     gradients = [g for _, g in pairs]
-    steps = target.steps(mine, BOTH, taken=taken)
+    steps = target.steps(mine, rule, taken=taken)
     for _ in range(2):
         steps.run(target.copies(gradients))
-    host_steps("eager", eager, BOTH, [gradients] * 2, taken)
+    host_steps("eager", eager, rule, [gradients] * 2, taken)
     for a, b in zip(mine, eager, strict=True):
         if state == torch.bfloat16:
             assert_same_bits(a.moments.values(), b.moments.values())
@@ -686,6 +786,32 @@ def test_the_schedule_is_that_of_the_host(target, total_steps):
         # near the end of the cosine by what two last digits of cos, which CUDA may be off, come to
         expected = pytest.approx(expected, rel=1e-15, abs=genome.lr * 2.0**-52)
         assert moved == expected, (genome, t)
+
+
+OF_PROGRESS = [
+    (exp(-progress), lambda x: math.exp(-x)),
+    (log1p(progress), math.log1p),
+    (tanh(3 * progress), lambda x: math.tanh(3 * x)),
+    (where(progress > 0.5, 2 + progress, 7), lambda x: 2 + x if x > 0.5 else 7.0),
+    (clip(progress, 0.02, 0.25), lambda x: min(max(x, 0.02), 0.25)),
+]
+
+
+@pytest.mark.parametrize("total_steps", [100, 1001, 10**6])
+def test_progress_is_that_of_the_definition(target, total_steps):
+    """And what terms make of it; behind the end it stays 1."""
+    rules = {rule_of(f * terms.g, **ALONE): meaning for f, meaning in OF_PROGRESS}
+    for rule, t, moved in changes(target, list(rules), total_steps):
+        expected = rule.lr * rules[rule](min(t / total_steps, 1.0))
+        assert moved == pytest.approx(expected, rel=1e-15), (lower(rule).formulas, t)
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.9, 0.999, 0.999999])
+def test_averages_have_their_bias_corrected(target, beta):
+    rule = rule_of(terms.average(terms.g, beta), use_bias_correction=True, **ALONE)
+    for _, t, moved in changes(target, [rule], None):
+        weight = (1 - np.longdouble(beta)) / (1 - np.longdouble(beta) ** t)
+        assert moved == pytest.approx(float(rule.lr * weight), rel=1e-14), t
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.999, 0.999999])

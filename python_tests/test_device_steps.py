@@ -15,6 +15,7 @@ from cuda_on_host import CudaOnHost
 from torch import nn
 
 from evokernels import FusedEvolvedOptimizer, zoo
+from evokernels.compiler.words import GROUP, HEADER
 from evokernels.errors import BackendError, OptimizerError
 from evokernels.kernels import device as device_module
 from evokernels.kernels.device import DevicePlan
@@ -496,7 +497,7 @@ def test_more_tensors_than_a_launch_can_take(monkeypatch):
                 optimizer.step()
         assert [optimizer.state[p]["step"].item() for p in params] == [2.0] * 3 + [3.0] * 27
         if name == "narrow":
-            assert len(backend.launched) == 2 * math.ceil(30 / (40 - 16 - 13))
+            assert len(backend.launched) == 2 * math.ceil(30 / (40 - len(HEADER) - len(GROUP)))
     for p, q in zip(ps, qs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
 

@@ -15,7 +15,7 @@ from oracle import DTYPES, assert_near, eager_steps, exact_steps, random_genome
 from evokernels import FusedEvolvedOptimizer, Genome, Term, zoo
 from evokernels.compiler.covers import COVERS, find_cover
 from evokernels.compiler.lower import lower
-from evokernels.compiler.render_c import STORED, cover_symbol, render_covers
+from evokernels.compiler.render_c import C_FLAGS, STORED, cover_symbol, render_covers
 from evokernels.errors import OptimizerError
 from evokernels.kernels import native
 from evokernels.kernels.memory import find_overlap, lies_densely, overlaps_itself
@@ -152,10 +152,7 @@ def test_the_result_does_not_depend_on_the_instruction_set(stored, tmp_path):
     dtype, state = (getattr(torch, name) for name in stored)
     source = tmp_path / "covers.c"
     source.write_text(render_covers(*stored))
-    flags = [
-        *("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"),
-        *("-DEVK_ONE_INSTRUCTION_SET", f"-I{CSRC}"),
-    ]
+    flags = [*C_FLAGS, "-shared", "-fPIC", "-DEVK_ONE_INSTRUCTION_SET", f"-I{CSRC}"]
     built = [native.library()]
     for level in ("x86-64", "x86-64-v3", "x86-64-v4"):
         if level <= native.instruction_set():
@@ -175,8 +172,8 @@ def test_the_result_does_not_depend_on_the_instruction_set(stored, tmp_path):
         results = []
         for library in built:
             tensors = [tensor.clone() for tensor in start]
-            addresses = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-            library[cover_symbol(cover, *stored)](*addresses, ctypes.c_int64(1003), scalars)
+            addresses = (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
+            library[cover_symbol(cover, *stored)](addresses, ctypes.c_int64(1003), scalars)
             results.append(flat([tensor.double() for tensor in tensors]))
         assert not torch.equal(results[0], flat([tensor.double() for tensor in start]))
         assert all(torch.equal(result, results[0]) for result in results), cover.name
@@ -211,9 +208,9 @@ def test_kernels_stay_inside_their_range():
         dtype, moment = (getattr(torch, name) for name in stored)
         for cover in COVERS:
             name = cover_symbol(cover, *stored)
-            kernel = ctypes.CFUNCTYPE(
-                None, *[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_void_p
-            )(native.kernel_address(name))
+            kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)(
+                native.kernel_address(name)
+            )
             scalars = (ctypes.c_double * len(cover.program.scalars))(
                 *(0.5 for _ in cover.program.scalars)
             )
@@ -222,7 +219,7 @@ def test_kernels_stay_inside_their_range():
                     torch.full((n + 128,), 3.0, dtype=d) for d in (dtype,) * 2 + (moment,) * 2
                 ]
                 inner = [b[64 : 64 + n] for b in buffers]
-                kernel(*(b.data_ptr() for b in inner), n, scalars)
+                kernel((ctypes.c_void_p * 4)(*(b.data_ptr() for b in inner)), n, scalars)
                 for i, buffer in enumerate(buffers):
                     assert (buffer[:64] == 3.0).all(), (name, n, i)
                     assert (buffer[64 + n :] == 3.0).all(), (name, n, i)

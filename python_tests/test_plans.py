@@ -13,6 +13,7 @@ from bound import (
     BEYOND,
     BOTH,
     FORMATS,
+    FULL,
     HOST_BACKENDS,
     MOMENTUM,
     SIGN,
@@ -111,7 +112,7 @@ def test_no_layout_changes_a_bit(dtype, state, rounding):
     the one in which elements are counted."""
     guarded, cases = layouts(dtype)
     guard = guarded == 7.0
-    for genome in (BOTH, zoo.evolved_2025, SIGN):
+    for genome in (BOTH, zoo.evolved_2025, SIGN, FULL):
         for name, (parameter, gradient) in cases.items():
             if rounding and not parameter.is_contiguous() and not name.startswith("sliced"):
                 continue
@@ -195,18 +196,19 @@ class Stream(ctypes.Structure):
     )
 
 
+@pytest.mark.parametrize(("operand", "bits"), [(0, 0), (3, 0b1100), (4, 0b0001), (7, 0b1101)])
 @pytest.mark.parametrize("first", [0, 5, 2**31 + 3, 2**35 - 256, 2**35 + 8])
-def test_random_bits_are_those_of_the_element(first):
+def test_random_bits_are_those_of_the_element(first, operand, bits):
     buffer, n = (ctypes.c_uint16 * 256)(), 200
     draw = native.library().evk_random_bits
     draw.restype = ctypes.POINTER(ctypes.c_uint16)
-    stream = Stream(7 << 40 | 9, 3, 11, 13)
+    stream = Stream(7 << 40 | 9, operand, 11, 13)
     drawn = draw(buffer, ctypes.byref(stream), ctypes.c_int64(first), ctypes.c_int64(n))[:n]
     eighth = torch.arange(first, first + n) // 8
     words = philox(
         (
             eighth & 0xFFFFFFFF,
-            eighth >> 32 | 3 << 30,
+            eighth >> 32 | bits << 28,
             torch.full_like(eighth, 11),
             torch.full_like(eighth, 13),
         ),
@@ -253,15 +255,16 @@ def test_every_random_number_decides(backend):
     assert np.array_equal(stored[bits != 0x80000000], expected[bits != 0x80000000])
 
 
+@pytest.mark.parametrize("genome", [BOTH, FULL], ids=["two", "six"])
 @pytest.mark.parametrize(("dtype", "state"), FORMATS, ids=str)
-def test_both_backends_draw_the_same_bits(dtype, state):
+def test_both_backends_draw_the_same_bits(genome, dtype, state):
     for parameter, gradient in layouts(dtype)[1].values():
         results = []
         for backend in HOST_BACKENDS:
             copy = torch.empty_like(parameter).copy_(parameter)
-            tensor = bound(BOTH, copy, state, Rounding(12345678901234567890, 3))
+            tensor = bound(genome, copy, state, Rounding(12345678901234567890, 3))
             for t in (1, 2):
-                run(BOTH, [tensor], [gradient.clone()], backend, t)
+                run(genome, [tensor], [gradient.clone()], backend, t)
             results.append(everything(tensor))
         if state == torch.bfloat16:
             assert all(map(same_bits, results[0][1:], results[1][1:]))
@@ -277,6 +280,7 @@ def test_every_operand_position_step_and_seed_draws_bits_of_its_own():
             ("p", Rounding(0, 0), 1),
             ("m", Rounding(0, 0), 1),
             ("v", Rounding(0, 0), 1),
+            *((f"a{i}", Rounding(0, 0), 1) for i in range(4)),
             ("p", Rounding(1, 0), 1),
             ("p", Rounding(2**32, 0), 1),
             ("p", Rounding(0, 1), 1),
@@ -303,39 +307,41 @@ def test_exact_numbers_stay_under_stochastic_rounding():
     assert same_bits(tensor.parameter, values)
 
 
+@pytest.mark.parametrize("genome", [BOTH, FULL], ids=["two", "six"])
 @pytest.mark.parametrize("rounding", [None, Rounding(9, 1)], ids=["nearest", "stochastic"])
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
-def test_stored_bits_do_not_depend_on_the_number_of_threads(state, rounding, threads):
+def test_stored_bits_do_not_depend_on_the_number_of_threads(genome, state, rounding, threads):
     sizes = [(1,), (63,), (4097,), (301, 203), (70_001,), (0,), ()]
     results = []
     for count in (1, 2, 3):
         threads(count)
         tensors = [
-            bound(BOTH, random(size, torch.bfloat16, i), state, rounding)
+            bound(genome, random(size, torch.bfloat16, i), state, rounding)
             for i, size in enumerate(sizes)
         ]
         for t in (1, 2):
             gradients = [random(size, torch.bfloat16, 50 * t + i) for i, size in enumerate(sizes)]
             gradients[3] = gradients[3].t().contiguous().t()
-            run(BOTH, tensors, gradients, t=t, clear=True)
+            run(genome, tensors, gradients, t=t, clear=True)
             assert not any(g.any() for g in gradients)
         results.append([t for tensor in tensors for t in everything(tensor)])
     for other in results[1:]:
         assert all(map(same_bits, other, results[0]))
 
 
+@pytest.mark.parametrize("genome", [BOTH, FULL], ids=["two", "six"])
 @pytest.mark.parametrize(("dtype", "state"), FORMATS, ids=str)
-def test_ranges_may_end_anywhere(dtype, state):
+def test_ranges_may_end_anywhere(genome, dtype, state):
     """evk_update by pieces of awkward lengths, direct and staged, against one run."""
     for rounding, strided in itertools.product((None, Rounding(4, 4)), (False, True)):
-        tensors = [bound(BOTH, random((2999,), dtype, 0), state, rounding) for _ in range(2)]
+        tensors = [bound(genome, random((2999,), dtype, 0), state, rounding) for _ in range(2)]
         g = random((2999, 2), dtype, 1)[:, 0]
         g = g if strided else g.contiguous()
-        run(BOTH, tensors[:1], [g.clone()])
-        plan = run(BOTH, tensors[1:], [g.clone()], gradient_factor=1.0)
+        run(genome, tensors[:1], [g.clone()])
+        plan = run(genome, tensors[1:], [g.clone()], gradient_factor=1.0)
         for tensor, start in zip(
             everything(tensors[1]),
-            everything(bound(BOTH, random((2999,), dtype, 0), state)),
+            everything(bound(genome, random((2999,), dtype, 0), state)),
             strict=True,
         ):
             tensor.copy_(start)

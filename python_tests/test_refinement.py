@@ -463,7 +463,9 @@ def test_scores_on_the_same_seeds_decide_not_those_that_are_told(origin, candida
     refined = Refiner(SETTINGS, rounds).run(3, [zoo.adam], [result(*origin)], 0, "")
     assert len(rounds.tried) == 15
     expected = [] if joins is None else [Scored(rounds.tried[joins], Score(candidates[joins][0]))]
-    assert list(refined.better) == expected
+    assert [improvement.scored for improvement in refined.better] == expected
+    places = [] if joins is None else [(1 + joins, 0)]
+    assert [(better.place, better.origin) for better in refined.better] == places
 
 
 def test_a_genome_that_stayed_is_compared_by_its_new_seeds_alone(training, tmp_path, monkeypatch):

@@ -20,14 +20,14 @@ def probe(x, y, what: tl.constexpr, n: tl.constexpr):
     tl.store(y + i, what(tl.load(x + i)))
 
 
-@triton.jit
-def cospi_probe(x, y, n: tl.constexpr):
-    probe(x, y, cospi, n)
+"""
+FUNCTIONS = ("cospi", "expm1", "exponential", "log1p", "tanh")
+for _name in FUNCTIONS:
+    PROBE += f"""
 
-
 @triton.jit
-def expm1_probe(x, y, n: tl.constexpr):
-    probe(x, y, expm1, n)
+def {_name}_probe(x, y, n: tl.constexpr):
+    probe(x, y, {_name}, n)
 """
 
 

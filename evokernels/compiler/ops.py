@@ -4,7 +4,7 @@
 (Python floats and NumPy arrays alike) and every other spelling is tested against it. In ``c``,
 which CUDA C++ shares, ``{f}`` is the suffix of functions of the C library and of
 ``csrc/functions.h`` (``f`` for float, nothing for double); ``triton`` may use the functions of
-``kernels/triton_language.py``. Operands are always names, so a spelling may repeat them.
+``kernels/triton_functions.py``. Operands are always names, so a spelling may repeat them.
 """
 
 import operator

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from evokernels.compiler import schedule, terms
 from evokernels.compiler.expr import Line, assignments
 from evokernels.compiler.linear import Monomial
+from evokernels.compiler.program import OPERANDS
 from evokernels.compiler.spelling import DTYPES, Kind, assignment, indented
 from evokernels.compiler.structure import Structure, value_of
-from evokernels.compiler.words import CHUNK, DENSE, GROUP, HEADER, OPERANDS, STATES, TENSOR
+from evokernels.compiler.words import CHUNK, DENSE, GROUP, HEADER, STATES, TENSOR
 
 __all__ = ["THREADS", "render_cuda"]
 

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 from evokernels.compiler.expr import Line, assignments
 from evokernels.compiler.ops import OPS
+from evokernels.compiler.program import OPERANDS
 from evokernels.compiler.spelling import DTYPES, Kind
 from evokernels.compiler.structure import Structure, value_of
 from evokernels.compiler.terms import GROUP_INPUTS, STEP_INPUTS, base_lr
-from evokernels.compiler.words import GROUP, OPERANDS, STATES
+from evokernels.compiler.words import GROUP, STATES
 
 __all__ = ["render_module", "room_for_numbers", "vector_length"]
 

@@ -7,10 +7,10 @@ has one block of words: `HEADER`, then a `GROUP` for each group, then the addres
 
 from __future__ import annotations
 
-from evokernels.compiler.program import AVERAGES
+from evokernels.compiler.program import OPERANDS
 from evokernels.compiler.terms import GROUP_INPUTS
 
-__all__ = ["CHUNK", "DENSE", "GROUP", "HEADER", "OPERANDS", "STATES", "TENSOR"]
+__all__ = ["CHUNK", "DENSE", "GROUP", "HEADER", "STATES", "TENSOR"]
 
 # Field → "int64", "uint64", "float64" or "pointer".
 HEADER = {
@@ -38,10 +38,8 @@ GROUP = {
     **{symbol.name: "float64" for symbol in GROUP_INPUTS},
 }
 
-# What a rule may keep of each element, averages of its own last.
-STATES = ("m", "v", *AVERAGES)
-# The place of each operand in arrays, and what it draws its random bits with.
-OPERANDS = ("p", "g", *STATES)
+# What a rule may keep of each element.
+STATES = OPERANDS[2:]
 
 TENSOR = {
     "p": "pointer",

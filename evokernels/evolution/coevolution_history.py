@@ -7,11 +7,22 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from evokernels.evolution.comparison import Comparison, Estimate
+from evokernels.evolution.history import term_shares
 from evokernels.evolution.pairs import Measured, Pair
 from evokernels.evolution.winner import Winner
+from evokernels.genome import Genome
 from evokernels.search.score import Score
 
-__all__ = ["OWN", "WINNER", "CoevolutionResult", "Population", "Round", "pareto_front"]
+__all__ = [
+    "OWN",
+    "WINNER",
+    "CoevolutionResult",
+    "Population",
+    "Round",
+    "fresh_accuracy",
+    "pareto_front",
+    "scalars",
+]
 
 # What the winner is called beside others, and what it has to beat.
 WINNER, OWN = "co-evolved pair", "own network, evolved_2025"
@@ -99,6 +110,32 @@ class CoevolutionResult:
             )
             for seed in self.comparison.seeds
         )
+
+
+def scalars(entry: Round, optimizers: Sequence[Genome]) -> dict[str, float]:
+    """What one watches of a generation, by name."""
+    sides = {"architectures": entry.architectures, "optimizers": entry.optimizers}
+    return {
+        **{f"{name}/best": side.best for name, side in sides.items()},
+        **{f"{name}/mean": side.mean for name, side in sides.items() if side.mean is not None},
+        **{f"{name}/failed": side.failed for name, side in sides.items()},
+        "pair/worth": entry.best.score.fitness,
+        "pair/fitness": entry.best.fitness,
+        "pair/parameters": entry.best.parameters,
+        **{f"runs/{name}": getattr(entry, name) for name in ("evaluations", "reused")},
+        **{f"terms/{name}": share for name, share in term_shares(optimizers).items()},
+    }
+
+
+def fresh_accuracy(comparison: Comparison, name: str) -> Estimate:
+    """Of a contender on the split that selects, with the seeds of the comparison; a run that was
+    not measured classified nothing correctly."""
+    return Estimate.of(
+        statistics.fmean(
+            comparison.row(name, task, seed).outcome.accuracy or 0.0 for task in comparison.tasks
+        )
+        for seed in comparison.seeds
+    )
 
 
 def pareto_front(pairs: Sequence[Measured]) -> list[Measured]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import pathlib
-import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,10 +14,10 @@ from evokernels.evolution.coevolution_history import (
     WINNER,
     CoevolutionResult,
     Round,
+    fresh_accuracy,
     pareto_front,
 )
 from evokernels.evolution.coevolution_settings import CoevolutionSettings
-from evokernels.evolution.comparison import Estimate
 from evokernels.evolution.figures import BEST_COLOUR, MEAN_COLOUR, new_figure, save_figure
 from evokernels.evolution.pairs import Measured
 
@@ -85,7 +84,7 @@ def plot_pareto(
         color=BEST_COLOUR,
     )
     for name, colour in ((WINNER, BEST_COLOUR), (OWN, OWN_COLOUR)):
-        accuracy = _fresh_accuracy(result, name)
+        accuracy = fresh_accuracy(result.comparison, name)
         axes.errorbar(
             [result.contenders[name].mean_parameters(settings.tasks)],
             [accuracy.mean],
@@ -105,18 +104,6 @@ def plot_pareto(
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2)
     save_figure(figure, path)
-
-
-def _fresh_accuracy(result: CoevolutionResult, name: str) -> Estimate:
-    """Of a contender on the split that selects, with the seeds of the comparison; a run that was
-    not measured classified nothing correctly."""
-    comparison = result.comparison
-    return Estimate.of(
-        statistics.fmean(
-            comparison.row(name, task, seed).outcome.accuracy or 0.0 for task in comparison.tasks
-        )
-        for seed in comparison.seeds
-    )
 
 
 def _scatter(axes: Axes, pairs: Sequence[Measured], **style: object) -> None:

@@ -11,6 +11,7 @@ from evokernels.evolution.coevolution_pictures import plot_history, plot_pareto
 from evokernels.evolution.coevolution_settings import CoevolutionSettings
 from evokernels.evolution.comparison import Row
 from evokernels.evolution.files import csv_text, write_atomically
+from evokernels.evolution.html_report import REPORT
 from evokernels.evolution.pairs import Measured, Pair
 from evokernels.evolution.tuning import setting
 from evokernels.evolution.winner import winner_csv
@@ -22,7 +23,7 @@ HISTORY, HISTORY_PLOT = "history.csv", "coevolution.png"
 PARETO, PARETO_PLOT = "pareto.csv", "pareto.png"
 COMPARISON, WINNER_FILE, SCRIPT = "comparison.csv", "winner.csv", "train_best.py"
 FILES = (
-    *(ARCHITECTURE, GENOME, HISTORY, HISTORY_PLOT, PARETO, PARETO_PLOT),
+    *(REPORT, ARCHITECTURE, GENOME, HISTORY, HISTORY_PLOT, PARETO, PARETO_PLOT),
     *(COMPARISON, WINNER_FILE, SCRIPT),
 )
 

@@ -20,15 +20,18 @@ from evokernels.evolution.coevolution_history import (
     CoevolutionResult,
     Population,
     Round,
+    scalars,
 )
 from evokernels.evolution.coevolution_settings import CoevolutionSettings
 from evokernels.evolution.comparison import Comparison, Row
 from evokernels.evolution.evaluations import (
     Evaluations,
+    OnGeneration,
     OnProgress,
     Request,
     open_evaluations,
 )
+from evokernels.evolution.html_report_coevolution import write_coevolution_report
 from evokernels.evolution.pairs import Measured, Pair, worth
 from evokernels.evolution.trial import Outcome, Purpose, Trial, network_key
 from evokernels.evolution.winner import final_runs, measure_winner
@@ -47,6 +50,7 @@ def coevolve(
     time_limit: float | None = None,
     executor: concurrent.futures.Executor | None = None,
     on_progress: OnProgress = lambda done, expected, note: None,
+    on_generation: OnGeneration = lambda number, scalars: None,
 ) -> CoevolutionResult:
     """Run the co-evolution in ``folder``, or what is left of it; bit-identical either way.
 
@@ -63,6 +67,9 @@ def coevolve(
         executor: likewise.
         on_progress: called after every training run with the number of runs in the journal, the
             number expected in the end, at most, and where the co-evolution stands.
+        on_generation: called after every generation, also one that is replayed, with its number,
+            counted from 1, and what one watches of it, by name
+            (`evokernels.evolution.coevolution_history.scalars`).
 
     Raises:
         JournalError: see `evokernels.evolution.journal.open_journal`.
@@ -80,18 +87,24 @@ def coevolve(
         time_limit=time_limit,
         executor=executor,
     ) as evaluations:
-        return _Run(settings, pathlib.Path(folder), evaluations).complete()
+        run = _Run(settings, pathlib.Path(folder), evaluations, on_generation)
+        return run.complete()
 
 
 class _Run:
     """The loop and what it works on."""
 
     def __init__(
-        self, settings: CoevolutionSettings, folder: pathlib.Path, evaluations: Evaluations
+        self,
+        settings: CoevolutionSettings,
+        folder: pathlib.Path,
+        evaluations: Evaluations,
+        on_generation: OnGeneration,
     ) -> None:
         self.settings = settings
         self.folder = folder
         self.evaluations = evaluations
+        self.on_generation = on_generation
         self.measured: dict[tuple[str, ...], Measured] = {}  # by the key of the pair
         self.trained: set[tuple[str, str, int]] = set()  # key, task and seed of the search's runs
 
@@ -115,6 +128,7 @@ class _Run:
             len(journal) - before,
         )
         report.write_result(self.folder, settings, result)
+        write_coevolution_report(self.folder, settings, result, journal)
         return result
 
     def _search(self) -> list[Round]:
@@ -125,12 +139,14 @@ class _Run:
         history: list[Round] = []
         while asked := search.ask(state):
             self._begin(state)
+            _, optimizers = state.populations
             pairs = [Pair(*pair) for pair in asked]
             evaluations = self._train(pairs, state, history)
             results = [self._measure(pair, state.generation) for pair in pairs]
             state = search.tell(state, [result.score for result in results])
             self._end(state)
             history.append(self._round(results, evaluations, state))
+            self.on_generation(len(history), scalars(history[-1], optimizers))
             if len(self.evaluations.journal) > before:  # a replay is behind the files that it finds
                 report.write_progress(self.folder, history, history[-1].best.pair)
         return history

@@ -19,6 +19,7 @@ from evokernels.evolution.evaluations import (
     Request,
     open_evaluations,
 )
+from evokernels.evolution.html_report_contest import write_contest_report
 from evokernels.evolution.settings import SEED_LIMIT
 from evokernels.evolution.trial import Conditions
 from evokernels.genome import Genome
@@ -138,7 +139,7 @@ def compare(
 ) -> ContestResult:
     """Make the comparison in ``folder``, or what is left of it; the same numbers either way.
 
-    Writes ``comparison.csv`` and ``comparison.png``.
+    Writes ``comparison.csv``, ``comparison.png`` and ``report.html``.
 
     Args:
         contest: what is compared. A folder with a journal must have been made under the same
@@ -167,8 +168,10 @@ def compare(
         before = len(evaluations.journal)
         untuned, tuned, choices = _complete(contest, evaluations)
         made = len(evaluations.journal) - before
-    report.write_comparison(pathlib.Path(folder), untuned, tuned)
-    return ContestResult(untuned, tuned, choices, made)
+        result = ContestResult(untuned, tuned, choices, made)
+        report.write_comparison(pathlib.Path(folder), untuned, tuned)
+        write_contest_report(pathlib.Path(folder), contest, result, evaluations.journal)
+    return result
 
 
 def _complete(

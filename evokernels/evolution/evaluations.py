@@ -13,9 +13,10 @@ from evokernels.evolution.journal import Entry, Journal, open_journal
 from evokernels.evolution.pool import Pool, open_pool
 from evokernels.evolution.trial import Conditions, Outcome, Purpose, Trial
 
-__all__ = ["Evaluations", "OnProgress", "Request", "open_evaluations"]
+__all__ = ["Evaluations", "OnGeneration", "OnProgress", "Request", "open_evaluations"]
 
 OnProgress = Callable[[int, int, str], object]
+OnGeneration = Callable[[int, Mapping[str, float]], object]
 
 
 @dataclasses.dataclass(frozen=True)

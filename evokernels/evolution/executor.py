@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import concurrent.futures
 import contextlib
 import multiprocessing
@@ -20,7 +21,14 @@ from typing import Any
 
 from evokernels.errors import WorkerError
 
-__all__ = ["InlineExecutor", "WorkerDied", "WorkerProcesses"]
+__all__ = [
+    "InlineExecutor",
+    "NodeLost",
+    "WorkerDied",
+    "WorkerExecutor",
+    "WorkerLost",
+    "WorkerProcesses",
+]
 
 # A worker that ends before its call begins does so because of the machine or the program, not
 # because of the call, which is then tried again: so often in all.
@@ -32,6 +40,39 @@ BEGAN = b""
 
 class WorkerDied(Exception):
     """A worker process ended in the middle of a call; the message says how."""
+
+
+class WorkerLost(WorkerDied):
+    """The same, of a worker that the call need not have ended: it may be made again."""
+
+    tries = 3  # after so many the call is to blame: what crashes its process does so every time
+
+
+class NodeLost(WorkerLost):
+    """The machine of the worker is gone with all that ran there."""
+
+    tries = (
+        10  # machines that are lent for a while go often; a call that takes one along, ten times
+    )
+
+
+class WorkerExecutor(concurrent.futures.Executor, abc.ABC):
+    """An executor whose workers are processes of their own, so that a call can be ended.
+
+    If the function of a call has a method ``prepare``, a worker calls that first, with the same
+    arguments; the future of the call is running only from then on. The future raises what the call
+    raises; `WorkerDied`, or one of its kinds, if its worker ends in the middle of it; `WorkerError`
+    if workers end before they begin it, again and again, or there are none.
+    """
+
+    @property
+    @abc.abstractmethod
+    def wanted(self) -> int:
+        """Calls that it should have at a time, so that all workers are busy."""
+
+    @abc.abstractmethod
+    def end(self, future: concurrent.futures.Future) -> None:
+        """Kill the worker that this call runs on, if it does."""
 
 
 class InlineExecutor(concurrent.futures.Executor):
@@ -47,15 +88,12 @@ class InlineExecutor(concurrent.futures.Executor):
         return future
 
 
-class WorkerProcesses(concurrent.futures.Executor):
+class WorkerProcesses(WorkerExecutor):
     """Worker processes, each on its own: one that dies fails its own call and is replaced.
 
     (A `concurrent.futures.ProcessPoolExecutor` is broken as a whole by the first death, and cannot
     end a call.) Processes start when there is a call for them, and stay. They end with this
     process, even if it is killed, and at once if the ``with`` block is left by an error or Ctrl-C.
-
-    If the function of a call has a method ``prepare``, a worker calls that first, with the same
-    arguments; the future of the call is running only from then on.
 
     Args:
         workers: number of processes.
@@ -69,17 +107,18 @@ class WorkerProcesses(concurrent.futures.Executor):
             worker.start()
 
     def submit(self, fn: Callable, /, *args: Any, **kwargs: Any) -> concurrent.futures.Future:
-        """See `concurrent.futures.Executor.submit`.
-
-        The future raises what the call raises; `WorkerDied` if its worker ends in the middle of
-        it; `WorkerError` if workers end before they begin it, again and again.
-        """
+        """See `concurrent.futures.Executor.submit` and `WorkerExecutor`."""
         if not self._open:
             raise RuntimeError("cannot submit a call after shutdown")
         future: concurrent.futures.Future = concurrent.futures.Future()
         # not as multiprocessing would: torch has taught that to pass tensors as open files
         self._calls.put((future, pickle.dumps((fn, args, kwargs))))
         return future
+
+    @property
+    def wanted(self) -> int:
+        """As many as there are workers."""
+        return len(self._workers)
 
     def end(self, future: concurrent.futures.Future) -> None:
         """Kill the worker that this call runs on, if it does."""
@@ -233,8 +272,8 @@ def _work(connection: multiprocessing.connection.Connection) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
-            call = connection.recv_bytes()
-            connection.send_bytes(_answer(call, lambda: connection.send_bytes(BEGAN)))
+            for message in answering(connection.recv_bytes()):
+                connection.send_bytes(message)
 
 
 def _end_with_parent() -> None:
@@ -243,15 +282,24 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _answer(call: bytes, began: Callable[[], object]) -> bytes:
+def answering(call: bytes) -> Iterator[bytes]:
+    """What a worker says to a call, as it goes on: ``BEGAN``, unless it fails before; the answer.
+
+    Args:
+        call: a function, its positional and its keyword arguments, pickled.
+
+    Yields:
+        At last whether the call succeeded, with its result or its error, pickled.
+    """
     try:
         fn, args, kwargs = pickle.loads(call)
         if prepare := getattr(fn, "prepare", None):
             prepare(*args, **kwargs)
-        began()
-        return pickle.dumps((True, fn(*args, **kwargs)))
+        yield BEGAN
+        answer = pickle.dumps((True, fn(*args, **kwargs)))
     except Exception as error:
-        return pickle.dumps((False, _portable(error)))
+        answer = pickle.dumps((False, _portable(error)))
+    yield answer
 
 
 def _portable(error: Exception) -> Exception:

@@ -16,13 +16,13 @@ __all__ = ["BEST_COLOUR", "MEAN_COLOUR", "new_figure", "save_figure"]
 BEST_COLOUR, MEAN_COLOUR = "#0b6e4f", "#8a8a8a"
 
 
-def new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float, layout: str | None = "constrained") -> Figure:
     """A figure of that many inches, drawn without a display and without pyplot's global state."""
     # imported here: it takes half a second, which `--help` and every worker would pay
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)  # attaches itself
     return figure
 

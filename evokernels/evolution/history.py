@@ -5,12 +5,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from evokernels.evolution.journal import Entry, Saving
+from evokernels.genome import Genome
 from evokernels.search.score import Score, Status
 
-__all__ = ["Generation", "Result", "plateaued", "summarise"]
+__all__ = ["Generation", "Result", "Spread", "plateaued", "scalars", "summarise", "term_shares"]
 
 LOST = (Status.CRASHED, Status.TIMED_OUT, Status.OUT_OF_MEMORY)
 
@@ -50,9 +51,36 @@ class Result:
         """Mean fitness over the seeds of one task."""
         return statistics.fmean(entry.outcome.fitness for entry in self.by_task[task])
 
+    def held_on(self, task: str) -> bool:
+        """Whether all its runs on the task went to the end."""
+        return all(entry.outcome.status is Status.OK for entry in self.by_task[task])
+
     def saved(self, rule: str) -> int:
         """Training runs that a rule left out."""
         return sum(saving.rule == rule for saving in self.savings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """How values lie: their quartiles, mean and greatest."""
+
+    low: float
+    median: float
+    high: float
+    mean: float
+    best: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread | None:
+        """Quartiles between the values, which include the least and the greatest (NumPy's and R's
+        default); None of no values."""
+        values = sorted(values)
+        if not values:
+            return None
+        quartiles = statistics.quantiles(
+            values * 2 if len(values) == 1 else values, method="inclusive"
+        )
+        return cls(*quartiles, statistics.fmean(values), values[-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +89,7 @@ class Generation:
 
     Attributes:
         number: counted from 0.
+        population: genomes that the search asked for.
         best: the highest fitness; a genome that failed in any run comes after all others.
         mean: of the fitness of all genomes, failed runs counted at -1.
         best_so_far: the fitness of the best genome of this and all earlier generations; it falls
@@ -76,9 +105,13 @@ class Generation:
         failed: genomes whose worst run was lost: it crashed, hung or ran out of memory.
         refining: training runs that refining its best genomes needed besides; None in a run that
             refines nothing.
+        spread: of the fitness of the genomes that were trained to the end, neither failed nor
+            stopped by the hurdle; None if there is none.
+        task_spread: likewise on each task.
     """
 
     number: int
+    population: int
     best: float
     mean: float
     best_so_far: float
@@ -92,6 +125,13 @@ class Generation:
     diverged: int
     failed: int
     refining: int | None
+    spread: Spread | None
+    task_spread: Mapping[str, Spread | None]
+
+    @property
+    def sound(self) -> int:
+        """Genomes that did neither fail nor were stopped by the hurdle."""
+        return self.population - self.stopped - self.diverged - self.failed
 
 
 def summarise(
@@ -103,6 +143,7 @@ def summarise(
     statuses = collections.Counter(result.score.status for result in results)
     return Generation(
         number=number,
+        population=len(results),
         best=champion.score.fitness,
         mean=statistics.fmean(result.score.fitness for result in results),
         best_so_far=best_so_far.fitness,
@@ -116,7 +157,40 @@ def summarise(
         diverged=statuses[Status.DIVERGED],
         failed=sum(statuses[lost] for lost in LOST),
         refining=refining,
+        spread=Spread.of(r.score.fitness for r in results if r.score.status is Status.OK),
+        task_spread={
+            task: Spread.of(result.task_fitness(task) for result in results if result.held_on(task))
+            for task in champion.by_task
+        },
     )
+
+
+def scalars(entry: Generation, genomes: Sequence[Genome]) -> dict[str, float]:
+    """What one watches of a generation, by name; means are of what was trained to the end."""
+    fitness = {"best": entry.best, "best_so_far": entry.best_so_far}
+    by_task = {f"{task}/best": best for task, best in entry.task_best.items()}
+    means = {"fitness/mean": entry.spread} | {
+        f"{task}/mean": spread for task, spread in entry.task_spread.items()
+    }
+    return {
+        **{f"fitness/{name}": value for name, value in fitness.items()},
+        **by_task,
+        **{name: spread.mean for name, spread in means.items() if spread},
+        **{f"runs/{name}": getattr(entry, name) for name in ("evaluations", "reused", "raced")},
+        **{f"genomes/{name}": getattr(entry, name) for name in ("stopped", "diverged", "failed")},
+        **{f"terms/{name}": share for name, share in term_shares(genomes).items()},
+    }
+
+
+def term_shares(genomes: Sequence[Genome]) -> dict[str, float]:
+    """The share of genomes that have a term, for every term that any has; in alphabetical order.
+
+    A genome that has a term counts once, however often it has it and with which weight.
+    """
+    counts = collections.Counter(
+        name for genome in genomes for name in {term.name for term in genome.term_types}
+    )
+    return {name: count / len(genomes) for name, count in sorted(counts.items())}
 
 
 def plateaued(history: Sequence[Generation], length: int) -> bool:

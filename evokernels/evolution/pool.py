@@ -11,13 +11,20 @@ import logging
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import torch
 
 from evokernels.errors import SettingsError, WorkerError
 from evokernels.evolution.evaluator import evaluate
-from evokernels.evolution.executor import InlineExecutor, WorkerDied, WorkerProcesses
+from evokernels.evolution.executor import (
+    InlineExecutor,
+    WorkerDied,
+    WorkerExecutor,
+    WorkerLost,
+    WorkerProcesses,
+)
 from evokernels.evolution.fitness import DIVERGED_FITNESS
 from evokernels.evolution.trial import Conditions, Outcome, Trial
 from evokernels.search.score import Status
@@ -112,11 +119,13 @@ class _Run:
     Attributes:
         submitted: when it was handed over.
         ran: seconds that it has been seen running, None before it is; at most what it ran.
+        lost: how often its worker was lost before, by the kind of loss.
     """
 
     trial: Trial
     submitted: float
     ran: float | None = None
+    lost: Counter[type[WorkerLost]] = dataclasses.field(default_factory=Counter)
 
 
 # a trial, its outcome, and what happened if it failed
@@ -129,17 +138,18 @@ class Pool:
     Args:
         executor: any `concurrent.futures.Executor` whose workers can import this package.
         in_flight: trials handed to it at a time; the number of its workers keeps all of them busy,
-            and no more than that many trials are lost when the run is killed.
+            and no more than that many trials are lost when the run is killed. None: as many as a
+            `WorkerExecutor` wants.
         evaluation: what it does with them.
         time_limit: seconds that a trial may run; a time in which this process is stopped does not
-            count. A trial past it is ended by `WorkerProcesses`. Any other executor counts the
-            start of a worker in, cannot end the trial, and lacks its worker until it ends itself.
+            count. A trial past it is ended by a `WorkerExecutor`. Any other counts the start of
+            a worker in, cannot end the trial, and lacks its worker until it ends itself.
     """
 
     def __init__(
         self,
         executor: concurrent.futures.Executor,
-        in_flight: int,
+        in_flight: int | None,
         evaluation: Evaluation,
         time_limit: float = math.inf,
     ) -> None:
@@ -192,11 +202,8 @@ class Pool:
         running: dict[concurrent.futures.Future, _Run] = {}
         try:
             while following is not None or running:
-                while (
-                    following is not None and len(running) + len(self._given_up) < self._in_flight
-                ):
-                    future = self._executor.submit(self._evaluation, following)
-                    running[future] = _Run(following, time.monotonic())
+                while following is not None and len(running) + len(self._given_up) < self._most():
+                    self._submit(running, _Run(following, time.monotonic()))
                     following = next(waiting, None)
                 yield from self._wait(running)
         except concurrent.futures.BrokenExecutor:
@@ -208,10 +215,17 @@ class Pool:
             for future in running:
                 future.cancel()
 
+    def _most(self) -> int:
+        """Trials that the executor should have now."""
+        return self._executor.wanted if self._in_flight is None else self._in_flight
+
+    def _submit(self, running: dict[concurrent.futures.Future, _Run], run: _Run) -> None:
+        running[self._executor.submit(self._evaluation, run.trial)] = run
+
     def _wait(self, running: dict[concurrent.futures.Future, _Run]) -> Iterator[Ended]:
         """Until something may have changed; those that ended are no longer running."""
         # a killed process takes its time to be gone, where memory is short or the disk is slow
-        patience = None if isinstance(self._executor, WorkerProcesses) else self._time_limit
+        patience = None if isinstance(self._executor, WorkerExecutor) else self._time_limit
         since = time.monotonic()
         done, _ = concurrent.futures.wait(
             {*running, *self._given_up},
@@ -222,14 +236,17 @@ class Pool:
         passed = min(time.monotonic() - since, self._look)
         if not running and not done:
             raise WorkerError(
-                f"all {self._in_flight} workers are past the time limit of {self._time_limit:g} "
+                f"all {self._most()} workers are past the time limit of {self._time_limit:g} "
                 "seconds, and this executor cannot end them; use one that can, or none"
             )
         self._given_up -= done
         for future, run in list(running.items()):
             if future in done:
                 del running[future]
-                yield run.trial, *_ending(future, run)
+                if (again := _again(future, run)) is not None:
+                    self._submit(running, again)
+                else:
+                    yield run.trial, *_ending(future, run)
             elif run.ran is not None:
                 run.ran += passed
             elif future.running():
@@ -238,10 +255,23 @@ class Pool:
             if run.ran is not None and run.ran > self._time_limit and not future.done():
                 del running[future]
                 self._given_up.add(future)
-                if isinstance(self._executor, WorkerProcesses):
+                if isinstance(self._executor, WorkerExecutor):
                     self._executor.end(future)
                 outcome = _failed(Status.TIMED_OUT, time.monotonic() - run.submitted)
                 yield run.trial, outcome, f"past the time limit of {self._time_limit:g} seconds"
+
+
+def _again(future: concurrent.futures.Future, run: _Run) -> _Run | None:
+    """The trial once more, if it may be the machine that failed and not the optimizer."""
+    loss = future.exception()
+    if not isinstance(loss, WorkerLost):
+        return None
+    lost = run.lost + Counter([type(loss)])
+    if lost[type(loss)] == loss.tries:
+        return None
+    words = "an evaluation is made again (%s, seed %d: its worker %s)"
+    logging.getLogger(__name__).warning(words, run.trial.task, run.trial.seed, loss)
+    return _Run(run.trial, time.monotonic(), lost=lost)
 
 
 def _ending(future: concurrent.futures.Future, run: _Run) -> tuple[Outcome, str | None]:
@@ -279,7 +309,8 @@ def open_pool(
         time_limit: seconds that a trial may run, starting a worker and loading data not counted;
             None: `default_time_limit`.
         executor: with at least that many workers, instead of processes of the pool's own; it
-            stays open. In one process trials take turns, however many threads it has.
+            stays open. A `WorkerExecutor` may have any number. In one process trials take turns,
+            however many threads it has.
 
     Raises:
         SettingsError: a time limit that is not positive.
@@ -295,7 +326,8 @@ def open_pool(
             executor = InlineExecutor()
         elif executor is None:
             executor = stack.enter_context(WorkerProcesses(workers))
-        yield Pool(executor, workers, evaluation, limit)
+        in_flight = None if isinstance(executor, WorkerExecutor) else workers
+        yield Pool(executor, in_flight, evaluation, limit)
 
 
 def default_time_limit(conditions: Conditions) -> float:

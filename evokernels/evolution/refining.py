@@ -26,10 +26,25 @@ from evokernels.search.coordinates import NUMBERS, Coordinates
 from evokernels.search.genetic import Scored
 from evokernels.search.refinement import Refinement
 
-__all__ = ["Refined", "Refiner", "coordinates_of"]
+__all__ = ["Improvement", "Refined", "Refiner", "coordinates_of"]
 
 EVERY = 3  # generations, counted back from the last, which is refined too
 GENOMES = 2  # refined at a time, each the best of its structure
+
+
+@dataclasses.dataclass(frozen=True)
+class Improvement:
+    """A candidate that is better than the genome that it came from.
+
+    Attributes:
+        scored: the candidate.
+        place: its place in the generation, behind the genomes that the search asked for.
+        origin: the place of the genome that it came from.
+    """
+
+    scored: Scored
+    place: int
+    origin: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +56,7 @@ class Refined:
         runs: training runs that were made.
     """
 
-    better: tuple[Scored, ...]
+    better: tuple[Improvement, ...]
     runs: int
 
 
@@ -73,19 +88,21 @@ class Refiner:
             still_to_come: training runs after those of this refinement.
             note: where the evolution stands.
         """
-        better: list[Scored] = []
+        better: list[Improvement] = []
         runs = 0
         place = len(genomes)
         origins = best_of_structures(genomes, results) if self._due(number) else []
         for rank, (origin, result) in enumerate(origins):
             to_come = still_to_come + (len(origins) - 1 - rank) * self._runs(self._settings.refine)
             candidates = self._candidates(number, place, origin, to_come, note)
-            place += len(candidates)
             runs += sum(of_candidate.runs for _, of_candidate in candidates)
-            complete = [entry for entry in candidates if entry[1].paired is not None]
-            best, of_best = max([(origin, result), *complete], key=paired_rank)
+            at_origin = genomes.index(origin)
+            placed = [(genome, of, at) for at, (genome, of) in enumerate(candidates, place)]
+            complete = [entry for entry in placed if entry[1].paired is not None]
+            best, of_best, at = max([(origin, result, at_origin), *complete], key=paired_rank)
             if best is not origin:
-                better.append(Scored(best, of_best.score))
+                better.append(Improvement(Scored(best, of_best.score), at, at_origin))
+            place += len(candidates)
         return Refined(tuple(better), runs)
 
     def _candidates(
@@ -141,6 +158,6 @@ def coordinates_of(genome: Genome) -> Coordinates:
     return Coordinates(genome, numbers, independent_terms(genome)[1:])
 
 
-def paired_rank(entry: tuple[Genome, Result]) -> tuple[bool, float]:
+def paired_rank(entry: tuple[Genome, Result, int]) -> tuple[bool, float]:
     """Sort key of candidates that were trained with all seeds of the generation."""
     return entry[1].paired.rank

@@ -10,6 +10,7 @@ from evokernels.evolution.comparison import Comparison
 from evokernels.evolution.figures import BEST_COLOUR, MEAN_COLOUR, new_figure, save_figure
 from evokernels.evolution.files import csv_text, write_atomically
 from evokernels.evolution.history import Generation
+from evokernels.evolution.html_report import REPORT
 from evokernels.evolution.ledger import Cost, ledger_csv
 from evokernels.evolution.settings import RunSettings
 from evokernels.evolution.winner import Winner, winner_csv
@@ -31,8 +32,10 @@ __all__ = [
 
 BEST_GENOME, HISTORY, EVOLUTION_PLOT = "best_genome.json", "history.csv", "evolution.png"
 WINNER, LEDGER, AUDIT = "winner.csv", "ledger.csv", "audit.csv"
-FILES = BEST_GENOME, HISTORY, EVOLUTION_PLOT, WINNER, LEDGER  # and AUDIT, if one was asked for
-COMPARISON_FILES = COMPARISON_TABLE, COMPARISON_PLOT = "comparison.csv", "comparison.png"
+# and AUDIT, if one was asked for
+FILES = REPORT, BEST_GENOME, HISTORY, EVOLUTION_PLOT, WINNER, LEDGER
+COMPARISON_TABLE, COMPARISON_PLOT = "comparison.csv", "comparison.png"
+COMPARISON_FILES = REPORT, COMPARISON_TABLE, COMPARISON_PLOT
 
 
 def history_csv(history: Sequence[Generation]) -> str:

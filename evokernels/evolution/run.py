@@ -13,12 +13,15 @@ from evokernels.evolution.audit import Audit, audit
 from evokernels.evolution.comparison import Comparison
 from evokernels.evolution.evaluations import (
     Evaluations,
+    OnGeneration,
     OnProgress,
     Request,
     open_evaluations,
 )
-from evokernels.evolution.history import Generation, plateaued, summarise
+from evokernels.evolution.history import Generation, plateaued, scalars, summarise
+from evokernels.evolution.html_report_run import write_run_report
 from evokernels.evolution.ledger import Cost, read_ledger
+from evokernels.evolution.lineage import Lineage
 from evokernels.evolution.refining import Refiner
 from evokernels.evolution.rounds import Rounds
 from evokernels.evolution.settings import RunSettings
@@ -63,11 +66,12 @@ def evolve(
     executor: concurrent.futures.Executor | None = None,
     audits: int = 0,
     on_progress: OnProgress = lambda done, expected, note: None,
+    on_generation: OnGeneration = lambda number, scalars: None,
 ) -> RunResult:
     """Run the evolution in ``folder``, or what is left of it; bit-identical either way.
 
     Writes ``history.csv`` and ``best_genome.json`` after every generation that it trains, and the
-    rest of `evokernels.evolution.report.FILES` at the end.
+    rest of `evokernels.evolution.report.FILES` at the end, ``report.html`` among them.
 
     Args:
         settings: of the run.
@@ -80,6 +84,9 @@ def evolve(
             the search, to see whether that was right (`evokernels.evolution.audit`).
         on_progress: called after every training run with the number of runs in the journal, the
             number expected in the end, and where the evolution stands.
+        on_generation: called after every generation, also one that is replayed, with its number,
+            counted from 1, and what one watches of it, by name
+            (`evokernels.evolution.history.scalars`).
 
     Raises:
         JournalError: see `evokernels.evolution.journal.open_journal`.
@@ -96,19 +103,27 @@ def evolve(
         time_limit=time_limit,
         executor=executor,
     ) as evaluations:
-        return _Run(settings, pathlib.Path(folder), evaluations, audits).complete()
+        run = _Run(settings, pathlib.Path(folder), evaluations, audits, on_generation)
+        return run.complete()
 
 
 class _Run:
     """The loop and what it works on."""
 
     def __init__(
-        self, settings: RunSettings, folder: pathlib.Path, evaluations: Evaluations, audits: int
+        self,
+        settings: RunSettings,
+        folder: pathlib.Path,
+        evaluations: Evaluations,
+        audits: int,
+        on_generation: OnGeneration,
     ) -> None:
         self.settings = settings
         self.folder = folder
         self.evaluations = evaluations
         self.audits = audits
+        self.on_generation = on_generation
+        self.lineage = Lineage()
 
     def complete(self) -> RunResult:
         """Everything from the first generation on, whatever the journal already has."""
@@ -136,7 +151,9 @@ class _Run:
         ledger = read_ledger(journal)
         report.write_ledger(self.folder, ledger)
         made = len(journal) - before
-        return RunResult(best, tuple(history), comparison, winner, ledger, audited, made)
+        result = RunResult(best, tuple(history), comparison, winner, ledger, audited, made)
+        write_run_report(self.folder, self.settings, result, self.lineage, journal)
+        return result
 
     def _search(self) -> tuple[State, list[Scored], list[Generation]]:
         """The search to its end: its last state, its last generation, its history."""
@@ -157,11 +174,15 @@ class _Run:
             to_come += refiner.still_to_come(number + 1)
             refined = refiner.run(number, genomes, results, to_come, f"{note}, refining")
             scores = [result.score for result in results]
-            scored = [*map(Scored, genomes, scores), *refined.better]
-            joined = search.join(state, [entry.genome for entry in refined.better])
+            asked = list(map(Scored, genomes, scores))
+            better = [improvement.scored for improvement in refined.better]
+            scored = asked + better
+            self.lineage.add(asked, state.parents, refined.better)
+            joined = search.join(state, [entry.genome for entry in better])
             state = search.tell(joined, [entry.score for entry in scored])
             refining = refined.runs if self.settings.refine else None
             history.append(summarise(number, results, state.best.score, refining))
+            self.on_generation(number + 1, scalars(history[-1], genomes))
             if len(self.evaluations.journal) > before:  # a replay is behind the files that it finds
                 self._write_progress(history, state.best)
             if plateaued(history, self.settings.plateau):

@@ -35,8 +35,8 @@ def with_included(text: str, name: str, known: set[str]) -> str:
     """A text with its own includes replaced; messages of a compiler name the right lines."""
     lines = [f'#line 1 "{name}"']
     for number, line in enumerate(text.splitlines(), start=1):
-        include = re.fullmatch(r'#include "(.+)"', line)
-        if include is None:
+        include = line.startswith("#") and re.fullmatch(r'#include "(.+)"', line)
+        if not include:
             lines.append(line)
         elif include[1] not in known:
             known.add(include[1])

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from evokernels.compiler.lower import Rule
-from evokernels.compiler.program import Program
+from evokernels.compiler.program import OPERANDS, Program
 from evokernels.compiler.spelling import Kind
 from evokernels.compiler.structure import Structure, structure_of, weights_of
-from evokernels.compiler.words import DENSE, GROUP, HEADER, OPERANDS, TENSOR
+from evokernels.compiler.words import DENSE, GROUP, HEADER, TENSOR
 from evokernels.errors import OptimizerError
 from evokernels.kernels.launches import Launch, block_count, chunk_length, cut, split
 from evokernels.kernels.memory import (

@@ -11,6 +11,7 @@ import hashlib
 import linecache
 import pathlib
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,23 +23,31 @@ from evokernels.compiler.spelling import Kind
 from evokernels.kernels.device import DeviceBackend, capturing
 from evokernels.kernels.plan import ARITHMETIC
 
-__all__ = [
-    "OPTIONS",
-    "OPTIONS_OF_NVIDIA",
-    "TritonBackend",
-    "TritonKernel",
-    "module_of",
-]
+__all__ = ["OPTIONS", "TritonBackend", "TritonKernel", "module_of", "options_of_nvidia"]
 
 # What the compiler may not do: contract products and sums, flush to zero. Reads that follow writes
 # leave nothing to pipeline.
 OPTIONS = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
-# The same for functions of the library that CUDA comes with; AMD's keeps denormals by itself. With
-# 80 registers three blocks fit, three quarters of the threads that an sm_75 can hold.
-OPTIONS_OF_NVIDIA = {**OPTIONS, "enable_reflect_ftz": False, "maxnreg": 80}
 
-# Of 256 threads that a multiprocessor holds at a time; one more would wait until the others end.
-BLOCKS_A_MULTIPROCESSOR = 3
+# Of 256 threads, that a multiprocessor holds at a time: one more would wait until the others end.
+# And registers that a thread of theirs can have. Three blocks are three quarters of an sm_75.
+BLOCKS, REGISTERS = 3, 80
+# The same for rules of more states than for which those suffice.
+MANY_STATES = 4
+FEWER_BLOCKS, MORE_REGISTERS = 2, 128
+
+
+def options_of_nvidia(kinds: Sequence[Kind]) -> dict[str, Any]:
+    """What the compiler is told for an NVIDIA GPU.
+
+    Denormals are kept by functions of the library that CUDA comes with, too; AMD's does by itself.
+    """
+    registers = MORE_REGISTERS if _have_many_states(kinds) else REGISTERS
+    return {**OPTIONS, "enable_reflect_ftz": False, "maxnreg": registers}
+
+
+def _have_many_states(kinds: Sequence[Kind]) -> bool:
+    return max(len(kind.structure.program.state) for kind in kinds) > MANY_STATES
 
 
 class TritonBackend(DeviceBackend):
@@ -69,8 +78,8 @@ class TritonBackend(DeviceBackend):
     def load(self, kinds: tuple[Kind, ...], words: int, device: torch.device) -> TritonKernel:
         """As `DeviceBackend` says; compiled in the first step."""
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        resident = multiprocessors * BLOCKS_A_MULTIPROCESSOR
-        options = OPTIONS if torch.version.hip else OPTIONS_OF_NVIDIA
+        resident = multiprocessors * (FEWER_BLOCKS if _have_many_states(kinds) else BLOCKS)
+        options = OPTIONS if torch.version.hip else options_of_nvidia(kinds)
         return TritonKernel(kinds, words, device, resident, options)
 
 

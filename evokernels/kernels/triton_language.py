@@ -391,14 +391,14 @@ def update_vectors(
     kept = ()
     for s in tl.static_range(len(states)):
         at = tl.load(tensor + (FIRST_STATE + states[s])).to(tl.pointer_type(state))
-        kept = kept + (tl.multiple_of(at, VECTOR_BYTES) + first,)
+        kept = kept + (tl.multiple_of(at, VECTOR_BYTES) + first,)  # noqa: RUF005
     tile: tl.constexpr = THREADS * vector
     for done in range(0, whole, tile):
         i = done + tl.arange(0, tile)
         inside = i < whole
         kept_here = ()
         for s in tl.static_range(len(states)):
-            kept_here = kept_here + (kept[s] + i,)
+            kept_here = kept_here + (kept[s] + i,)  # noqa: RUF005
         update(
             p + i,
             g + i,
@@ -437,7 +437,7 @@ def update_elements(
         for s in tl.static_range(len(states)):
             place = FIRST_STATE + states[s]
             layout = FIRST_LAYOUT + states[s]
-            kept = kept + (elements_at(words, tensor, place, tensor, layout, i, state),)
+            kept = kept + (elements_at(words, tensor, place, tensor, layout, i, state),)  # noqa: RUF005
         update(
             elements_at(words, tensor, P, tensor, P_LAYOUT, i, parameter),
             elements_at(words, gradient, 0, tensor, G_LAYOUT, i, parameter),

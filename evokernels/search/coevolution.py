@@ -209,7 +209,7 @@ class Coevolution(Generic[First, Second]):
             progress=state.generation / config.generations,
         )
         while len(offspring) < len(population):
-            offspring.append(_newcomer(brood, offspring))
+            offspring.append(_newcomer((child for child, _ in brood), offspring))
         return tuple(offspring)
 
     def _stream(self, name: str) -> random.Random:

@@ -87,11 +87,14 @@ class State(Generic[Individual]):
         best: the best genome ever told, the earliest among equals; None at the start. What counts
             is what a genome was told last: one that is told less than before can lose its place, to
             the best of that generation.
+        parents: of each genome of ``population``, the places of its parents in the generation
+            before: two of a child, one of an elite; none at the start, and of one that joined.
     """
 
     generation: int
     population: tuple[Individual, ...]
     best: Scored[Individual] | None
+    parents: tuple[tuple[int, ...], ...] = ()
 
 
 class GeneticSearch(Generic[Individual]):
@@ -113,7 +116,8 @@ class GeneticSearch(Generic[Individual]):
         """The start population, not yet scored."""
         config = self.config
         rng = random.Random(f"evokernels genetic {config.seed} start")
-        return State(0, self.space.start(config.population, rng), best=None)
+        population = self.space.start(config.population, rng)
+        return State(0, population, best=None, parents=((),) * len(population))
 
     def ask(self, state: State) -> tuple[Individual, ...]:
         """The genomes to score, elites first; empty when the search is over."""
@@ -124,7 +128,11 @@ class GeneticSearch(Generic[Individual]):
 
         For that generation alone: what follows has the usual size.
         """
-        return dataclasses.replace(state, population=(*state.population, *genomes))
+        return dataclasses.replace(
+            state,
+            population=(*state.population, *genomes),
+            parents=(*state.parents, *((),) * len(genomes)),
+        )
 
     def tell(self, state: State[Individual], scores: Sequence[Score]) -> State[Individual]:
         """The state that follows; ``scores`` in the order of ``ask``.
@@ -145,22 +153,25 @@ class GeneticSearch(Generic[Individual]):
         generation = state.generation + 1
         if generation == self.config.generations:
             return State(generation, (), best)
-        return State(generation, self._offspring(scored, state.generation), best)
+        population, parents = zip(*self._offspring(scored, state.generation), strict=True)
+        return State(generation, population, best, parents)
 
     def _offspring(
         self, scored: list[Scored[Individual]], generation: int
-    ) -> tuple[Individual, ...]:
-        """The elites of ``generation`` unchanged, then children of tournament winners."""
+    ) -> list[tuple[Individual, tuple[int, ...]]]:
+        """The elites of ``generation`` unchanged, then children of tournament winners; each with
+        the places of its parents."""
         config = self.config
         rng = random.Random(f"evokernels genetic {config.seed} generation {generation}")
-        elites = sorted(scored, key=rank, reverse=True)[: config.elites]
+        ranked = sorted(range(len(scored)), key=lambda place: rank(scored[place]), reverse=True)
+        elites = ranked[: config.elites]
         brood = children(
             self.space, scored, config.tournament, rng, progress=generation / config.generations
         )
-        return (
-            *(entry.genome for entry in elites),
+        return [
+            *((scored[place].genome, (place,)) for place in elites),
             *itertools.islice(brood, config.population - len(elites)),
-        )
+        ]
 
 
 def children(
@@ -169,11 +180,17 @@ def children(
     tournament: int,
     rng: random.Random,
     progress: float,
-) -> Iterator[Individual]:
-    """Mutated children of two tournament winners each, without end."""
+) -> Iterator[tuple[Individual, tuple[int, int]]]:
+    """Mutated children of two tournament winners each, without end; with the places of the two."""
+
+    def winner() -> int:
+        drawn = rng.sample(range(len(scored)), tournament)
+        return max(drawn, key=lambda place: rank(scored[place]))
+
     while True:
-        first, second = (max(rng.sample(scored, tournament), key=rank).genome for _ in range(2))
-        yield space.mutate(space.crossover(first, second, rng), rng, progress)
+        parents = winner(), winner()
+        first, second = (scored[place].genome for place in parents)
+        yield space.mutate(space.crossover(first, second, rng), rng, progress), parents
 
 
 def rank(entry: Scored) -> tuple[bool, float]:

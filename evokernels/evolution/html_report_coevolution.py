@@ -1,0 +1,299 @@
+"""The report of a co-evolution."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+from evokernels.evolution import html_report_parts as parts
+from evokernels.evolution import html_report_pictures as pictures
+from evokernels.evolution.coevolution_history import (
+    OWN,
+    WINNER,
+    CoevolutionResult,
+    Round,
+    fresh_accuracy,
+    pareto_front,
+)
+from evokernels.evolution.coevolution_settings import CoevolutionSettings
+from evokernels.evolution.history import Spread
+from evokernels.evolution.html_report import (
+    Item,
+    Listing,
+    Page,
+    Picture,
+    Rule,
+    Section,
+    Table,
+    Text,
+    write,
+)
+from evokernels.evolution.html_report_family import rule_text
+from evokernels.evolution.journal import Journal
+from evokernels.evolution.pairs import Measured
+from evokernels.evolution.trial import Purpose
+from evokernels.genome import Genome
+from evokernels.tasks import get_task
+
+__all__ = ["coevolution_page", "write_coevolution_report"]
+
+SIDES = ("architectures", "optimizers")
+
+
+def write_coevolution_report(
+    folder: pathlib.Path,
+    settings: CoevolutionSettings,
+    result: CoevolutionResult,
+    journal: Journal,
+) -> None:
+    """Write ``report.html``; raises JournalError if it cannot."""
+    write(folder, coevolution_page(settings, result, journal))
+
+
+def coevolution_page(
+    settings: CoevolutionSettings, result: CoevolutionResult, journal: Journal
+) -> Page:
+    """What the report says.
+
+    Args:
+        settings: of the run.
+        result: the complete run.
+        journal: of the run.
+    """
+    numbers = [entry.number + 1 for entry in result.history]
+    search = settings.search
+    optimizers = [
+        [
+            Genome.from_json(genome)
+            for (genome,) in journal.query(
+                "SELECT genome FROM candidate WHERE generation = ? AND place >= ?",
+                *(entry.number, search.first),
+            )
+        ]
+        for entry in result.history
+    ]
+    own = result.comparison.overall_fitness(OWN)
+    best = result.comparison.overall_fitness(WINNER)
+    trained = sum(entry.evaluations for entry in result.history)
+    return Page(
+        "An architecture and an optimizer, co-evolved by evokernels",
+        f"{len(numbers)} generations of {search.first} architectures and {search.second} "
+        f"optimizers, trained on {', '.join(settings.tasks)}.",
+        [
+            ("test fitness of the pair", f"{best.mean:.4f}", f"{OWN}: {own.mean:.4f}"),
+            ("ahead, seed by seed", f"{result.lead.mean:+.4f}", f"± {result.lead.error:.4f}"),
+            ("selection bias", f"{result.winner.bias.mean:+.4f}", "search less fresh seeds"),
+            ("training runs of the search", f"{trained:,}", f"of {settings.search_runs:,} planned"),
+        ],
+        [
+            _winner(settings, result),
+            Section(
+                "comparison",
+                "The pair beside the tasks' own networks",
+                [
+                    Text(
+                        f"{settings.conditions.steps:,} steps on seeds "
+                        f"{' '.join(map(str, settings.fresh_seeds))}, which the selection has not "
+                        "seen; of the test split, mean ± standard error over the seeds. Seed by "
+                        f"seed the winner is ahead of ({OWN}) by {result.lead}."
+                    ),
+                    *parts.comparison_pictures("compared", result.comparison, WINNER),
+                    *parts.comparison_tables(
+                        result.comparison,
+                        lambda name: result.contenders[name].mean_parameters(settings.tasks),
+                    ),
+                ],
+            ),
+            parts.luck(settings, result.winner),
+            _populations(numbers, settings, result.history, journal),
+            _pareto(settings, result),
+            parts.terms(numbers, optimizers),
+            _plan(settings, result, journal),
+            parts.evaluations(journal),
+            parts.configuration(settings.to_dict()),
+            parts.machine_section(journal, settings.device),
+        ],
+    )
+
+
+def _winner(settings: CoevolutionSettings, result: CoevolutionResult) -> Section:
+    pair = result.best.pair
+    decoded = [(task, get_task(task).decode(pair.architecture)) for task in settings.tasks]
+    items: list[Item] = [
+        Text("The architecture, as each task decodes it:"),
+        Table(
+            ["task", "layers", "parameters"],
+            [
+                [task, ", ".join(network.components), f"{network.parameters:,}"]
+                for task, network in decoded
+            ],
+            words=2,
+        ),
+        Text("The optimizer:"),
+        Rule(pair.optimizer),
+        Listing(
+            f"{pair.architecture.to_json()}\n{pair.optimizer.to_json()}",
+            "as JSON (best_architecture.json, best_genome.json)",
+        ),
+    ]
+    if result.best.score.status.failed:
+        items.insert(0, Text("It failed in at least one of its training runs."))
+    return Section("winner", "The winning pair", items)
+
+
+def _populations(
+    numbers: Sequence[int],
+    settings: CoevolutionSettings,
+    history: Sequence[Round],
+    journal: Journal,
+) -> Section:
+    best_pair = [entry.best.score.fitness for entry in history]
+    items: list[Item] = [
+        Text(
+            "An individual is worth the mean over its collaborators: fitness less "
+            f"{settings.penalty:g} for a million parameters. Individuals of which no pair held are "
+            "in neither mean nor quartiles."
+        )
+    ]
+    for side, name in enumerate(SIDES):
+        populations = [getattr(entry, name) for entry in history]
+        spreads = [_spread(journal, entry.number, side, settings) for entry in history]
+        items.append(
+            parts.spread_pictures(
+                name,
+                f"Worth of the {name}",
+                numbers,
+                [population.best for population in populations],
+                spreads,
+                further={"best pair so far": best_pair},
+                failures={
+                    "no pair held": ("bad", [population.failed for population in populations])
+                },
+            )
+        )
+    items.append(
+        Table(
+            [
+                "generation",
+                *(f"{kind} {side[:-1]}" for side in SIDES for kind in ("best", "mean")),
+                *("best pair", "pairs", "runs made", "known before", "failed pairs"),
+            ],
+            [
+                [
+                    str(entry.number + 1),
+                    *(
+                        parts.number(value)
+                        for side in SIDES
+                        for value in (getattr(entry, side).best, getattr(entry, side).mean)
+                    ),
+                    parts.number(entry.best.score.fitness),
+                    *map(str, (entry.pairs, entry.evaluations, entry.reused, entry.failed)),
+                ]
+                for entry in history
+            ],
+            "the numbers",
+        )
+    )
+    return Section("populations", "Both populations", items)
+
+
+def _spread(
+    journal: Journal, generation: int, side: int, settings: CoevolutionSettings
+) -> Spread | None:
+    """Of what the individuals of a side were worth, as the journal has it."""
+    rows = journal.query(
+        "SELECT score FROM candidate WHERE generation = ? AND (place >= ?) = ? "
+        "AND status IN ('ok', 'stopped')",
+        *(generation, settings.search.first, side),
+    )
+    return Spread.of(score for (score,) in rows)
+
+
+def _pareto(settings: CoevolutionSettings, result: CoevolutionResult) -> Section:
+    front = pareto_front(result.pairs)
+    on_front = set(front)
+    others = [each for each in result.pairs if each.accuracy is not None and each not in on_front]
+
+    def places(pairs: Sequence[Measured]) -> tuple[list[float], list[float]]:
+        return [each.parameters for each in pairs], [each.accuracy for each in pairs]
+
+    stars = [
+        (
+            result.contenders[name].mean_parameters(settings.tasks),
+            fresh_accuracy(result.comparison, name),
+            colour,
+        )
+        for name, colour in ((WINNER, "best"), (OWN, "bad"))
+    ]
+    svg = pictures.scatter(
+        "pareto",
+        [(*places(others), "other", 0.5), (*places(front), "best", 1.0)],
+        places(front),
+        stars,
+        ("parameters, mean over the tasks", f"accuracy, {settings.selection_split} split"),
+    )
+    legend = {
+        "best": "on the front; star: the winner on fresh seeds",
+        "other": "other pairs of the search",
+        "bad": f"star: {OWN}, fresh seeds",
+    }
+    return Section(
+        "pareto",
+        "Accuracy and parameters",
+        [
+            Text(
+                f"Each of {len(result.pairs):,} pairs as the search measured it; on the front are "
+                "those that no other surpasses with as few parameters. Measured once, the best of "
+                "many are lucky; the stars are on fresh seeds."
+            ),
+            Picture("Accuracy against parameters", svg, legend),
+            Table(
+                ["parameters", "accuracy", "generation", "architecture", "terms"],
+                [
+                    [
+                        *(f"{each.parameters:,.0f}", parts.number(each.accuracy)),
+                        str(each.generation + 1),
+                        ", ".join(each.pair.architecture.components),
+                        rule_text(each.pair.optimizer),
+                    ]
+                    for each in front
+                ],
+                "the front",
+                words=5,
+            ),
+        ],
+    )
+
+
+def _plan(settings: CoevolutionSettings, result: CoevolutionResult, journal: Journal) -> Section:
+    made = dict(journal.query("SELECT purpose, count(*) FROM evaluation GROUP BY purpose"))
+    planned = {
+        Purpose.SEARCH: ("the search", settings.search_runs),
+        Purpose.AUDIT: ("the finalists", settings.final_runs),
+        Purpose.REPORT: ("the comparison", settings.comparison_runs),
+    }
+    reused = sum(entry.reused for entry in result.history)
+    search = settings.search
+    return Section(
+        "plan",
+        "Plan and cost",
+        [
+            Text(
+                f"A generation asks for at most {search.collaborators} × ({search.first} + "
+                f"{search.second}) = {search.evaluations_per_generation} pairs. A network has at "
+                f"most {settings.budget:,} parameters and {settings.max_work:g} times the "
+                "multiply-adds of its task's own network. In the search "
+                f"{reused:,} training runs were known already."
+            ),
+            Table(
+                ["training runs of", "planned, at most", "made"],
+                [
+                    *(
+                        [name, f"{runs:,}", f"{made.get(purpose.value, 0):,}"]
+                        for purpose, (name, runs) in planned.items()
+                    ),
+                    ["all", f"{settings.planned_runs:,}", f"{sum(made.values()):,}"],
+                ],
+            ),
+        ],
+    )
