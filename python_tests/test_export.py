@@ -3,12 +3,14 @@
 import copy
 import functools
 import io
+import math
 import pathlib
 import pickle
 import random
 import shutil
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ from oracle import (
     precise,
     random_genome,
 )
-from test_terms import random_own_genome
+from test_terms import BY_HAND, PLAIN, random_own_genome
 
 from evokernels import FusedEvolvedOptimizer, Genome, genome, terms, zoo
 from evokernels.compiler.expr import Average
@@ -169,6 +171,44 @@ def test_own_terms_and_averages_match_the_definition(seed, foreach):
     fused(rule, [beside], backend="eager").load_state_dict(optimizer.state_dict())
 
 
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("own", [each for each, *_ in BY_HAND], ids=lambda x: str(x)[:40])
+def test_terms_by_hand(own, foreach):
+    """Every leaf and operation; numbers where tensors are usual."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", terms.TermWarning)
+        term = terms.register("OWN", own)
+    for corrects in (False, True):
+        rule = Genome([term], [2.0], use_bias_correction=corrects, **PLAIN)
+        parameter = torch.tensor([2.0, -1.0], dtype=torch.float64, requires_grad=True)
+        optimizer = make(rule, [parameter], foreach=foreach)
+        exact = {"p": np.array([2.0, -1.0]), "m": np.zeros(2), "v": np.zeros(2)}
+        for t in range(1, 5):
+            exact["g"] = np.array([-0.5, 0.25]) * t
+            train(optimizer, [parameter], [[torch.tensor(exact["g"])]])
+            exact |= exact_update(rule, exact, t, TOTAL_STEPS)
+            np.testing.assert_allclose(parameter.detach().numpy(), exact["p"], rtol=1e-10)
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_numbers_of_a_step_may_be_infinite_or_none(foreach):
+    """Where Python's own operations raise an error: the last steps of a training must not."""
+    rest = 1 - terms.progress
+    own = {
+        "RATIO": (terms.g / rest, -math.inf),
+        "EXP": (terms.g * terms.exp(1e4 / (1.1 - terms.progress)), -math.inf),
+        "ROOT": (terms.g * terms.sqrt(rest - 0.5), math.nan),
+        "LOG": (terms.g * terms.log1p(rest - 2), math.nan),
+    }
+    for name, (formula, expected) in own.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", terms.TermWarning)
+            rule = Genome([terms.register(name, formula)], wd_log10=-math.inf)
+        gradients = [[torch.ones(1)]] * TOTAL_STEPS
+        (parameter,), _ = trained(rule, [torch.ones(1)], gradients, foreach=foreach)
+        assert str(parameter.item()) == str(expected), name
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_wide_catalogue_matches_the_reference(dtype):
     rng = random.Random(0)
@@ -205,7 +245,7 @@ def exact_averages(rule):
     return sorted(found, key=str)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("foreach", [True, False])
 def test_not_finite_gradients_show(foreach, bad):
     for seed in random_rules(40):
@@ -226,7 +266,7 @@ def test_not_finite_gradients_show(foreach, bad):
 @pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize("term", CATALOGUES["wide"])
 def test_not_a_number_is_never_hidden(term, foreach):
-    start, gradient = torch.ones(2), torch.tensor([float("nan"), 0.5])
+    start, gradient = torch.ones(2), torch.tensor([math.nan, 0.5])
     (parameter,), _ = trained(Genome([term]), [start], [[gradient]], foreach=foreach)
     assert parameter.isnan().tolist() == [True, False]
 
@@ -234,18 +274,18 @@ def test_not_a_number_is_never_hidden(term, foreach):
 @pytest.mark.parametrize("foreach", [True, False])
 def test_a_term_of_weight_zero_is_not_there(foreach):
     rule = Genome(["GRAD"], wd_log10=-1.0, lr_log10=-1.0)
-    for options, expected in (({}, float("nan")), ({"weight_decay": 0.0}, float("inf"))):
-        start = torch.tensor([float("inf")])
+    for options, expected in (({}, math.nan), ({"weight_decay": 0.0}, math.inf)):
+        start = torch.tensor([math.inf])
         (parameter,), _ = trained(rule, [start], [[torch.ones(1)]], foreach=foreach, **options)
         assert str(parameter.item()) == str(expected)
-    cancelled = Genome(["GRAD", "SIGN_GRAD", "GRAD"], [0.5, 1.0, -0.5], wd_log10=-float("inf"))
-    (parameter,), _ = trained(cancelled, [torch.ones(1)], [[torch.tensor([float("inf")])]])
+    cancelled = Genome(["GRAD", "SIGN_GRAD", "GRAD"], [0.5, 1.0, -0.5], wd_log10=-math.inf)
+    (parameter,), _ = trained(cancelled, [torch.ones(1)], [[torch.tensor([math.inf])]])
     assert parameter.item() == pytest.approx(0.999)
 
 
 def test_a_genome_that_changes_nothing_is_not_exported():
     with pytest.raises(GenomeError, match="leaves every parameter as it is"):
-        render_torch(Genome(["GRAD"], [0.0], wd_log10=-float("inf")), "Nothing")
+        render_torch(Genome(["GRAD"], [0.0], wd_log10=-math.inf), "Nothing")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -377,8 +417,8 @@ def test_a_state_of_adam_loads():
     ("options", "message"),
     [
         ({"lr": -1.0}, "lr must be at least 0 and finite, got -1.0"),
-        ({"eps": float("nan")}, "eps must be at least 0 and finite, got nan"),
-        ({"weight_decay": float("inf")}, "weight_decay must be at least 0 and finite, got inf"),
+        ({"eps": math.nan}, "eps must be at least 0 and finite, got nan"),
+        ({"weight_decay": math.inf}, "weight_decay must be at least 0 and finite, got inf"),
         ({"betas": (0.9, 1.0)}, r"betas must lie in \[0, 1\), got \(0.9, 1.0\)"),
         ({"warmup_steps": 0}, "warmup_steps must be at least 1, got 0"),
         ({"total_steps": -3}, "total_steps must be at least 1, got -3"),
@@ -421,7 +461,7 @@ def test_only_what_a_rule_needs_is_an_option():
     assert options["evolved_2025"] == options["adamw"][:4] + schedule + ["maximize", "foreach"]
     with pytest.raises(TypeError, match="total_steps"):
         exported(zoo.evolved_2025)([torch.ones(1)])
-    sign = Genome(["SIGN_GRAD"], wd_log10=-float("inf"))
+    sign = Genome(["SIGN_GRAD"], wd_log10=-math.inf)
     assert list(make(sign, [torch.ones(1)]).defaults) == ["lr", "maximize", "foreach"]
     text = render_torch(sign, "Sign")
     assert not {word for word in ("exp_avg", "MOMENTS", '"betas"', "_where") if word in text}

@@ -142,6 +142,8 @@ def _of_tensor(statement: Statement) -> str:
         return f"{args[0]} * {args[1]}"
     if statement.op in ("mul", "over"):
         return _NEW[statement.op].format(args[0], _operand(args[1], binds=2))
+    if statement.op == "div":
+        return _NEW["div"].format(args[0], _operand(args[1], binds=3))
     return _NEW[statement.op].format(*map(_operand, args))
 
 
