@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from eager import eager_update
+from oracle import eager_formulas
 
 from evokernels import FusedEvolvedOptimizer, Genome, zoo
 from evokernels.compiler.lower import lower
@@ -194,14 +195,11 @@ def apex_adam(work: Work) -> Contestant:
     return contestant
 
 
-def state_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+def state_of(
+    optimizer: torch.optim.Optimizer, names: Iterable[str] = ("exp_avg", "exp_avg_sq")
+) -> list[torch.Tensor]:
     """The moments of all parameters."""
-    return [
-        state[name]
-        for state in optimizer.state.values()
-        for name in ("exp_avg", "exp_avg_sq")
-        if name in state
-    ]
+    return [state[name] for state in optimizer.state.values() for name in names if name in state]
 
 
 def scaled_step(scaler: torch.amp.GradScaler, optimizer: FusedEvolvedOptimizer) -> None:
@@ -315,12 +313,11 @@ def _check_first_step(contestant: Contestant, work: Work) -> None:
     if work.max_grad_norm is not None:
         norm = torch.nn.utils.get_total_norm(gradients).item() / LOSS_SCALE
         factor = min(1.0, work.max_grad_norm / norm) / LOSS_SCALE
-    lr = contestant.rule.lr * learning_rate_factor(contestant.rule, 0, TOTAL_STEPS)
     relative = max(1e-5, 2 * torch.finfo(work.dtype).eps)
     for parameter, before, gradient in zip(contestant.parameters, start, gradients, strict=True):
         p, g = (t.flatten()[:COMPARED].to(torch.float32, copy=True) for t in (before, gradient))
-        moments = torch.zeros_like(p), torch.zeros_like(p)
-        eager_update(contestant.rule, p, g * factor, *moments, 1, lr)
+        tensors = {"p": p, "g": g * factor, "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+        p = eager_formulas(contestant.rule, tensors, 1, TOTAL_STEPS)["p"]
         actual = parameter.detach().flatten()[:COMPARED].float()
         # of a parameter near zero, what is added to it is most of what there is
         moved = (p - before.flatten()[:COMPARED]).abs().max().item()
