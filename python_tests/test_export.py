@@ -111,6 +111,9 @@ def assert_equal(actual, expected, what=""):
 
 # Against the definition
 
+# the last chooses between numbers that float32 does not have
+OWN = [*(each for each, *_ in BY_HAND), terms.where(terms.g > terms.p, 0.1, 0.7)]
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_random_genomes_match_the_reference(dtype):
@@ -172,7 +175,7 @@ def test_own_terms_and_averages_match_the_definition(seed, foreach):
 
 
 @pytest.mark.parametrize("foreach", [True, False])
-@pytest.mark.parametrize("own", [each for each, *_ in BY_HAND], ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize("own", OWN, ids=lambda x: str(x)[:40])
 def test_terms_by_hand(own, foreach):
     """Every leaf and operation; numbers where tensors are usual."""
     with warnings.catch_warnings():
