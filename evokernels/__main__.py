@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         "--output",
         default="-",
         metavar="FILE",
-        help="where to write; its name is that of the class: MyOptimizer in my_optimizer.py (stdout)",
+        help="where to write; names the class, too: MyOptimizer in my_optimizer.py (stdout)",
     )
     export.add_argument(
         "--format",

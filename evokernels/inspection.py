@@ -8,7 +8,7 @@ import torch
 
 from evokernels.compiler import terms
 from evokernels.compiler.covers import find_cover
-from evokernels.compiler.expr import Constant, substitute
+from evokernels.compiler.expr import Constant, Expr, Symbol, substitute
 from evokernels.compiler.linear import linear, linear_expr
 from evokernels.compiler.lower import Rule, lower, update_of
 from evokernels.compiler.ops import OPS
@@ -58,7 +58,9 @@ def _canonical_update(genome: Genome) -> str:
     """What the learning rate multiplies: equal terms added up, bias corrections in the weights."""
     scalars = terms.genome_scalars(genome, t=1)
     fixed = (terms.weight_decay, terms.beta1, terms.beta2, terms.eps)
-    numbers = {symbol: Constant(scalars[symbol.name]) for symbol in fixed}
+    numbers: dict[Symbol, Expr] = {each: Constant(scalars[each.name]) for each in fixed}
+    for bias, beta in ((terms.bias1, terms.beta1), (terms.bias2, terms.beta2)):
+        numbers[bias] = Symbol(f"(1 - {numbers[beta]}^t)", per_element=False)
     return str(linear_expr(linear(substitute(update_of(genome), numbers))))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import keyword
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from string import Template
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from evokernels.compiler.lower import Rule, lower
 from evokernels.compiler.schedule import warms_up
 from evokernels.compiler.spelling_torch import WIDTH, list_lines, tensor_lines
 from evokernels.compiler.statements import Statement, statements_of
-from evokernels.compiler.torch_template import FILE, HELPERS, MOMENTS
+from evokernels.compiler.torch_template import FILE, HELPERS
 from evokernels.errors import GenomeError
 from evokernels.genome import Genome, OwnTerm
 
@@ -63,19 +63,14 @@ def render_torch(genome: Genome, name: str) -> str:
         )
     read = {symbol.name for each in statements for e in _numbers(each) for symbol in symbols_of(e)}
     options = _options(genome, read)
-    names = [f'"{name}"' for name in rule.state_names.values()]
-    text = _filled(
-        FILE,
+    text = Template(_chosen(FILE, rule)).substitute(
         name=name,
         documentation=_indented(1, _documentation(name, rule, options)),
         arguments=_indented(2, _arguments(options)),
         options=_indented(3, (f'"{option.name}": {option.name},' for option in options)),
         checks=_indented(2, _checks(options)),
-        names=_moment_names(names) if names else "",
-        loading=MOMENTS if names else "",
-        moments=_indented(4, _new_moments(names)),
+        moments=_moments(rule.state_names.values()),
         rates=_indented(3, _rates(genome, read)),
-        tensors=_indented(4, (f"[state[{each}] for state in states]," for each in names)),
         numbers=_indented(4, (f'"{each}": {value},' for each, value in _values(read).items())),
         one=_function("_update", "Tensor", rule, read, tensor_lines(statements)),
         lists=_function("_update_lists", "list[Tensor]", rule, read, list_lines(statements)),
@@ -86,12 +81,11 @@ def render_torch(genome: Genome, name: str) -> str:
     return text
 
 
-def _filled(text: str, **values: str) -> str:
-    """The template with its values; where a rule keeps no moments, lines about them are gone."""
-    for name in ("moments", "tensors"):
-        if not values[name]:
-            text = text.replace(f"${name}\n", "")
-    return Template(text).substitute(values)
+def _chosen(text: str, rule: Rule) -> str:
+    """The lines of the template that the rule has a use for."""
+    lines = text.splitlines(keepends=True)
+    keeps = bool(rule.program.state)
+    return "".join(line.removeprefix("~") for line in lines if keeps or not line.startswith("~"))
 
 
 def _numbers(statement: Statement) -> Iterable[Expr]:
@@ -169,20 +163,13 @@ def _checks(options: Sequence[_Option]) -> Iterable[str]:
         )
 
 
-def _moment_names(names: Sequence[str]) -> str:
-    line = f"MOMENTS = ({', '.join(names)}{',' * (len(names) == 1)})"
-    if len(line) > WIDTH:
-        line = "\n".join(["MOMENTS = (", *(f"    {name}," for name in names), ")"])
-    return f"\n# Their names in the state.\n{line}\n"
-
-
-def _new_moments(names: Sequence[str]) -> Iterable[str]:
-    if names:
-        yield from (
-            "for name in MOMENTS:",
-            "    if name not in state:",
-            "        state[name] = torch.zeros_like(p, dtype=_arithmetic(p))",
-        )
+def _moments(names: Collection[str]) -> str:
+    """The tuple of their names, in several lines if it must be."""
+    if len(line := _tuple(names)) <= WIDTH - len("MOMENTS = "):
+        return line
+    lines = (f'    "{name}",' for name in names)
+    noted = (line if len(line) <= WIDTH else f"{line}  # noqa: E501" for line in lines)
+    return "\n".join(["(", *noted, ")"])
 
 
 def _rates(genome: Genome, read: set[str]) -> Iterable[str]:
@@ -229,11 +216,6 @@ def _function(name: str, kind: str, rule: Rule, read: set[str], lines: Sequence[
         "_update": "One step of one parameter, in place.",
         "_update_lists": "The same for lists of parameters.",
     }[name]
-    averages = (
-        f"# {operand} is {average}"
-        for operand, average in rule.state_names.items()
-        if operand not in ("m", "v")
-    )
     return "\n".join(
         [
             f"def {name}(",
@@ -242,7 +224,7 @@ def _function(name: str, kind: str, rule: Rule, read: set[str], lines: Sequence[
             *(f"    {number}: {type_}," for number, type_ in types.items()),
             ") -> None:",
             f'    """{meaning}"""',
-            _indented(1, (*averages, *"\n".join(lines).splitlines())),
+            _indented(1, "\n".join(lines).splitlines()),
         ]
     )
 
@@ -275,8 +257,8 @@ def _documentation(name: str, rule: Rule, options: Sequence[_Option]) -> Iterabl
         "    params: parameters, (name, parameter) pairs or groups, as for every torch optimizer.",
         *(f"    {option.name}: {option.meaning}" for option in options),
         "    maximize: go up the gradient instead of down.",
-        "    foreach: update lists of tensors at once instead of one after the other; None: yes,",
-        "        but for subclasses of tensors.",
+        "    foreach: update lists of tensors at once, not one after the other; None: on CUDA",
+        "        devices, but for subclasses of tensors.",
         "",
         "Raises:",
         "    ValueError: an option, or in a step a gradient, that it cannot use.",
@@ -296,12 +278,9 @@ def _broken(text: str) -> Iterable[str]:
     """Lines that are short enough, those of sums broken before a plus."""
     kept = "\u00a0"  # no place to break at
     for line in text.replace(" + -", " - ").splitlines():
-        for sign in "*/":
-            line = line.replace(f" {sign} ", f"{kept}{sign}{kept}")
-        for part in textwrap.wrap(
-            line, WIDTH - 8, subsequent_indent="    ", break_long_words=False
-        ):
-            yield part.replace(kept, " ")
+        together = line.replace(" * ", f"{kept}*{kept}").replace(" / ", f"{kept}/{kept}")
+        parts = textwrap.wrap(together, WIDTH - 8, subsequent_indent="    ")
+        yield from (part.replace(kept, " ") for part in parts)
 
 
 def _wrapped(text: str) -> list[str]:

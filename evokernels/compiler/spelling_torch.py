@@ -27,6 +27,7 @@ _NEW = {
     "over": "{1} / {0}",
     "axpy": "torch.add({0}, {1}, alpha={2})",
     "addcmul": "torch.addcmul({0}, {1}, {2}, value={3})",
+    "clone": "{0}.clone()",
     "sign": "_sign({0})",
     "where": "_where({0}, {1}, {2}, {3})",
     **{name: f"{{0}}.{name}()" for name in _UNARY},
@@ -141,6 +142,8 @@ def _of_tensor(statement: Statement) -> str:
         return f"{args[0]} * {args[1]}"
     if statement.op in ("mul", "over"):
         return _NEW[statement.op].format(args[0], _operand(args[1], binds=2))
+    if statement.op == "div":
+        return _NEW["div"].format(args[0], _operand(args[1], binds=3))
     return _NEW[statement.op].format(*map(_operand, args))
 
 

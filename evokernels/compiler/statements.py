@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from evokernels.compiler import schedule, terms
-from evokernels.compiler.expr import Constant, Expr, substitute, symbols_of
+from evokernels.compiler.expr import Call, Constant, Expr, substitute, symbols_of
 from evokernels.compiler.linear import ONE, linear, linear_expr
 from evokernels.compiler.lower import Rule
 
@@ -39,7 +39,8 @@ class Statement:
 
     Operations are those of `compiler.ops` without "fma", "weigh", "weigh_add", "min" and "max". In
     their place: "axpy", a + k * x for (a, x, k); "addcmul", a + k * x * y for (a, x, y, k); "over",
-    k / x for (x, k); "clamp_min", "clamp_max", "copy". But for "where", tensors are before numbers.
+    k / x for (x, k); "clamp_min", "clamp_max", "clone", "copy". But for "where", tensors come
+    before numbers.
 
     Attributes:
         args: in place, the first one is the target.
@@ -89,6 +90,8 @@ class _Folding:
     def _value(self, op: str, args: list[Operand | None]) -> Operand | None:
         if op == "weigh" and args[0] == ZERO:
             return None
+        if all(isinstance(arg, Expr) for arg in args) and op not in ("weigh", "weigh_add", "fma"):
+            return Call(op, tuple(args))
         if op in ("mul", "weigh"):
             return self._product(*args)
         if op == "weigh_add":
@@ -96,6 +99,8 @@ class _Folding:
             return total if weight == ZERO else self._sum(total, x, weight, weighed=True)
         if op == "fma":
             factor, x, total = args
+            if isinstance(x, Expr):
+                factor, x = x, factor
             return self._sum(total, x, factor) if isinstance(factor, Expr) else self._fma(*args)
         if op == "div" and isinstance(args[0], Expr):
             return self._line("over", args[1], args[0])
@@ -104,6 +109,8 @@ class _Folding:
         return self._line(_CLAMPS.get(op, op), *args)
 
     def _product(self, a: Operand, b: Operand) -> Operand:
+        if isinstance(a, Expr) and isinstance(b, Expr):
+            return b if a == ONE else a * b
         factor, x = (a, b) if isinstance(a, Expr) else (b, a)
         return x if factor == ONE else self._line("mul", x, factor)
 
@@ -115,9 +122,9 @@ class _Folding:
             return total
         if total is None:
             return self._product(weight, x)
-        if isinstance(total, Expr):
+        if isinstance(total, Expr) or isinstance(x, Expr):
             product = self._product(weight, x)
-            return product if total == ZERO else self._line("add", product, total)
+            return product if total == ZERO else self._value("add", [total, product])
         first = self._made_as(total, "mul")
         if weighed and first and _may_vanish(first.args[1]) and not _may_vanish(weight):
             # what may vanish comes behind what does not
@@ -213,6 +220,9 @@ class _Naming:
                 }
                 name = _unused(wish or _called(line, names), live | set(self._results))
             args = tuple(names.get(arg, arg) for arg in line.args)
+            if line.guard is not None and not in_place:  # there must be something without it
+                statements.append(Statement(name, "clone", args[:1]))
+                args, in_place = (name, *args[1:]), True
             guard = line.guard
             statements.append(Statement(name, line.op, args, in_place, guard))
             names[line.target] = name

@@ -1,6 +1,9 @@
-"""The text of an exported optimizer around what differs from rule to rule."""
+"""The text of an exported optimizer around what differs from rule to rule.
 
-__all__ = ["FILE", "HELPERS", "MOMENTS"]
+Lines that begin with a tilde are there if the rule keeps moments.
+"""
+
+__all__ = ["FILE", "HELPERS"]
 
 FILE = '''\
 """$name: an evolved optimizer in one file, which needs nothing but torch."""
@@ -15,7 +18,10 @@ import torch
 from torch import Tensor
 
 __all__ = ["$name"]
-$names
+~
+~# What the state has of each parameter, besides "step".
+~MOMENTS = $moments
+
 
 class $name(torch.optim.Optimizer):
 $documentation
@@ -59,14 +65,14 @@ $rates
             tensors = [
                 values,
                 [(-p.grad if group["maximize"] else p.grad).to(dtype) for p in params],
-$tensors
+~                *([state[name] for state in states] for name in MOMENTS),
             ]
             numbers = {
 $numbers
             }
             foreach = group["foreach"]
-            if foreach is None:
-                foreach = type(params[0]) in (Tensor, torch.nn.Parameter)
+            if foreach is None:  # as torch's optimizers choose
+                foreach = params[0].is_cuda and type(params[0]) in (Tensor, torch.nn.Parameter)
             if foreach:
                 _update_lists(*tensors, **numbers)
             else:
@@ -91,12 +97,27 @@ $numbers
                         f"{p.grad.layout} gradient of a {p.dtype} parameter"
                     )
                 state = self.state[p]
-$moments
+~                for name in MOMENTS:
+~                    if name not in state:
+~                        state[name] = torch.zeros_like(p, dtype=_arithmetic(p))
                 t = int(state.get("step", 0)) + 1
                 key = (place, t, p.dtype, p.device, type(p))
                 batches.setdefault(key, (group, t, []))[2].append(p)
         return list(batches.values())
-$loading
+
+~    @torch.no_grad()
+~    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+~        """The inverse of `state_dict`; moments keep all their digits."""
+~        super().load_state_dict(state_dict)
+~        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+~        params = [p for group in self.param_groups for p in group["params"]]
+~        for i, p in zip(saved, params, strict=True):
+~            for name, value in state_dict["state"].get(i, {}).items():
+~                if name in MOMENTS:  # torch has cast them to the dtype of the parameter
+~                    self.state[p][name] = value.to(p.device, _arithmetic(p), copy=True)
+~                elif name == "step":
+~                    self.state[p][name] = int(value)
+~
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:  # those of another optimizer may lack some
@@ -113,20 +134,6 @@ $one
 
 
 $lists
-'''
-
-# Where the rule keeps moments.
-MOMENTS = '''
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse of `state_dict`; moments keep all their digits."""
-        super().load_state_dict(state_dict)
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(saved, params, strict=True):
-            for name, value in state_dict["state"].get(i, {}).items():
-                if name in MOMENTS:  # torch has cast them to the dtype of the parameter
-                    self.state[p][name] = value.to(p.device, _arithmetic(p), copy=True)
 '''
 
 # What torch has otherwise, or not at all.
