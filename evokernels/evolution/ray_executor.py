@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import os
 import pickle
 import queue
 import threading
@@ -55,18 +56,19 @@ class RayExecutor(WorkerExecutor):
     Args:
         need: of each worker.
         most: workers, at most; None: all that there is room for.
-        address: see `evokernels.evolution.ray_cluster.connect`.
+        address: see `evokernels.evolution.ray_cluster.connect`; of no account in a program that
+            is connected already, and stays so.
 
     Raises:
         WorkerError: there is no such cluster, or no machine with room for a worker.
     """
 
     def __init__(self, need: Need, most: int | None = None, address: str | None = None) -> None:
-        connect(address, need, most)
+        self._connected = connect(address, need, most)
         self._need, self._most = need, most
         self._slots = self._room()
         if not self._slots:
-            ray.shutdown()
+            self._disconnect()
             raise WorkerError(
                 f"no machine of the Ray cluster has the {need} that a worker takes; use fewer "
                 "threads, a smaller share of a GPU, or machines that have it"
@@ -107,12 +109,16 @@ class RayExecutor(WorkerExecutor):
             self._events.put(self._cancel)
         self._events.put(lambda: None)  # to see that it is closed
         self._thread.join()
-        ray.shutdown()
+        self._disconnect()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:  # what they do may take minutes
             self._events.put(lambda: self._break(WorkerError("the executor was left by an error")))
         self.shutdown(cancel_futures=kind is not None)
+
+    def _disconnect(self) -> None:
+        if self._connected:
+            ray.shutdown()
 
     # All that follows is called by the one thread.
 
@@ -191,7 +197,7 @@ class RayExecutor(WorkerExecutor):
                 )
             return
         self._failed_starts = 0
-        worker.where, worker.node = about.where, about.node
+        worker.where, worker.node, worker.pid = about.where, about.node, about.pid
         if differing := [
             f"{name} {about.versions.get(name)} (here {version})"
             for name, version in versions().items()
@@ -237,7 +243,8 @@ class RayExecutor(WorkerExecutor):
             call.settle(WorkerDied("was ended"))
         elif call.began:
             kind = NodeLost if gone else WorkerLost
-            call.settle(kind(f"on {worker.where} {'went with it' if gone else 'died'}: {reason}"))
+            fate = "went with its machine" if gone else "died"
+            call.settle(kind(f"{fate}, process {worker.pid} on {worker.where}: {reason}"))
         else:
             call.deaths += not gone
             if call.deaths == STARTS:
@@ -300,6 +307,7 @@ class _Worker:
     Attributes:
         where: the address of its machine; empty until it has started.
         node: Ray's name of that machine.
+        pid: of the process, there.
         call: that it is at.
         ended: it was told to die.
     """
@@ -307,6 +315,7 @@ class _Worker:
     actor: Any
     where: str = ""
     node: str = ""
+    pid: int = 0
     call: _Call | None = None
     ended: bool = False
 
@@ -317,6 +326,7 @@ class _About:
 
     where: str
     node: str
+    pid: int
     versions: dict[str, str]
     processor: str
 
@@ -327,7 +337,8 @@ class _Actor:
     def about(self, need: Need) -> _About:
         """Asked once, first."""
         node = ray.get_runtime_context().get_node_id()
-        return _About(ray.util.get_node_ip_address(), node, versions(), processor(need))
+        where, pid = ray.util.get_node_ip_address(), os.getpid()
+        return _About(where, node, pid, versions(), processor(need))
 
     def begin(self, call: bytes) -> bool:
         """Prepare for it; whether that went well."""
