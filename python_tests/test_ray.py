@@ -132,7 +132,7 @@ class Scripted(Evaluation):
         return None
 
 
-def run(executor, folder, tasks, limit=3.0):
+def run(executor, folder, tasks, limit=2.0):
     workers = Pool(executor, None, Scripted(CONDITIONS, 1, "cpu", str(folder)), limit)
     trials = [Trial(zoo.adam, task, seed) for seed, task in enumerate(tasks)]
     return {trial.task: outcome for trial, outcome in workers.run(trials)}
@@ -209,33 +209,12 @@ def files(folder):
     return [(folder / name).read_bytes() for name in FILES]
 
 
-def at(number, act):
-    """Progress that acts once, when so many evaluations are recorded."""
-    acts = iter([act])
+def test_the_history_is_that_of_one_process_whatever_dies(cluster, two, expected, tmp_path, caplog):
+    """A worker is killed while it trains; later a machine goes, and another one comes."""
+    stopped = []
 
-    def show(done, expected, note):
-        if done == number:
-            next(acts, lambda: None)()
-
-    return show
-
-
-def test_the_history_is_that_of_one_process_though_a_worker_is_killed(
-    two, expected, tmp_path, caplog
-):
-    evolve(SETTINGS, tmp_path, executor=two, on_progress=at(3, kill_one_in_the_middle))
-    assert files(tmp_path) == expected
-    (message,) = caplog.messages
-    assert re.match(
-        r"an evaluation is made again .* its worker died, process \d+ on 127\.0\.0\.[23]: ", message
-    )
-
-
-def test_machines_come_and_go(cluster, two, expected, tmp_path, caplog):
     def training():
         return next((w for w in two._workers if w.call is not None and w.call.began), None)
-
-    stopped = []
 
     def replace_a_machine():
         wait_until(training)
@@ -246,11 +225,21 @@ def test_machines_come_and_go(cluster, two, expected, tmp_path, caplog):
         cluster.remove_node(lost, allow_graceful=False)
         node(cluster, "127.0.0.4", num_cpus=1, num_gpus=0)
 
-    evolve(SETTINGS, tmp_path, executor=two, on_progress=at(3, replace_a_machine))
+    acts = {3: kill_one_in_the_middle, 9: replace_a_machine}  # by the evaluations recorded
+    evolve(
+        SETTINGS,
+        tmp_path,
+        executor=two,
+        on_progress=lambda done, expected, note: acts.pop(done, lambda: None)(),
+    )
     with contextlib.suppress(ProcessLookupError):
         os.kill(stopped[0], signal.SIGKILL)
     assert files(tmp_path) == expected
-    assert any("went with its machine" in message for message in caplog.messages)
+    first, *lost = caplog.messages
+    assert re.match(
+        r"an evaluation is made again .* worker died, process \d+ on 127\.0\.0\.", killed
+    )
+    assert any("went with its machine" in message for message in lost)
     assert "127.0.0.4" in {worker.where for worker in two._workers}
 
 

@@ -163,9 +163,7 @@ class RayExecutor(WorkerExecutor):
                 if not call.future.cancelled():
                     worker.call = call
                     begins = worker.actor.begin.remote(call.message)
-                    self._watch(begins, functools.partial(self._begun, call))
-                    ends = worker.actor.finish.remote()
-                    self._watch(ends, functools.partial(self._ended, worker, call))
+                    self._watch(begins, functools.partial(self._begun, worker, call))
         starting = sum(not worker.where for worker in self._workers)
         missing = min(len(self._waiting) - starting, self._slots - len(self._workers))
         for _ in range(missing):
@@ -215,29 +213,40 @@ class RayExecutor(WorkerExecutor):
                 words = "workers have different processors (%s): the last bits of results differ"
                 logging.getLogger(__name__).warning(words, ", ".join(self._processors))
 
-    def _begun(self, call: _Call, answer: concurrent.futures.Future) -> None:
-        if answer.exception() is None and answer.result():  # else `_ended` will know
+    def _begun(self, worker: _Worker, call: _Call, answer: concurrent.futures.Future) -> None:
+        if worker not in self._workers:  # killed, and its call settled
+            return
+        try:
+            began = answer.result()
+        except Exception as error:  # whatever Ray says of an actor that is gone
+            self._lost(worker, call, error)
+            return
+        if began:
             call.began = True
             with contextlib.suppress(concurrent.futures.InvalidStateError):
                 call.future.set_running_or_notify_cancel()
+        # not before this is known: what crashes at once would take the first answer along
+        ends = worker.actor.finish.remote()
+        self._watch(ends, functools.partial(self._ended, worker, call))
 
     def _ended(self, worker: _Worker, call: _Call, answer: concurrent.futures.Future) -> None:
-        if worker not in self._workers:  # killed, and its call settled
+        if worker not in self._workers:
             return
         self._moved = time.monotonic()
-        worker.call = None
         try:
             succeeded, value = pickle.loads(answer.result())
-        except Exception as error:  # whatever Ray says of an actor that is gone
-            self._workers.remove(worker)
-            self._lost(worker, call, _reason(error))
+        except Exception as error:
+            self._lost(worker, call, error)
             return
+        worker.call = None
         if isinstance(value, EvokernelsError):
             value = type(value)(f"on the machine {worker.where}: {value}")
         call.settle(value, succeeded)
 
-    def _lost(self, worker: _Worker, call: _Call, reason: str) -> None:
+    def _lost(self, worker: _Worker, call: _Call, error: Exception) -> None:
         """What the death of a worker means for its call."""
+        self._workers.remove(worker)
+        reason = _reason(error)
         gone = all(node["NodeID"] != worker.node or not node["Alive"] for node in ray.nodes())
         if worker.ended:
             call.settle(WorkerDied("was ended"))
