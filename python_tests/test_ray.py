@@ -237,7 +237,7 @@ def test_the_history_is_that_of_one_process_whatever_dies(cluster, two, expected
     assert files(tmp_path) == expected
     first, *lost = caplog.messages
     assert re.match(
-        r"an evaluation is made again .* worker died, process \d+ on 127\.0\.0\.", killed
+        r"an evaluation is made again .* worker died, process \d+ on 127\.0\.0\.", first
     )
     assert any("went with its machine" in message for message in lost)
     assert "127.0.0.4" in {worker.where for worker in two._workers}
