@@ -52,7 +52,7 @@ class Need:
     @property
     def options(self) -> dict[str, float]:
         """As Ray's options of an actor."""
-        return {"num_gpus": self.gpus} if self.gpus else {"num_cpus": self.cpus}
+        return {"num_cpus": 0 if self.gpus else self.cpus, "num_gpus": self.gpus}
 
     def fits(self, resources: Mapping[str, float]) -> int:
         """Workers that a machine with these resources has room for."""
@@ -65,8 +65,10 @@ class Need:
         return f"{self.gpus:g} GPU" if self.gpus else f"{self.cpus} CPU"
 
 
-def connect(address: str | None, need: Need, most: int | None) -> None:
-    """Connect this process; `ray.shutdown` ends that, and a cluster that was started here.
+def connect(address: str | None, need: Need, most: int | None) -> bool:
+    """Connect this process, unless it is; whether that was done here.
+
+    `ray.shutdown` ends the connection, and a cluster that was started for it.
 
     Args:
         address: "auto" (the cluster that this machine belongs to) or "host:port". None: a cluster
@@ -77,6 +79,8 @@ def connect(address: str | None, need: Need, most: int | None) -> None:
     Raises:
         WorkerError: there is no cluster, or Ray refuses to connect; within half a minute.
     """
+    if ray.is_initialized():
+        return False
     logging.getLogger("ray").setLevel(logging.ERROR)
     quietly = {"log_to_driver": False, "configure_logging": False}
     if address is None:
@@ -92,6 +96,7 @@ def connect(address: str | None, need: Need, most: int | None) -> None:
     except (Exception, SystemExit) as error:  # it ends the process where a cluster falls silent
         place = "on this machine" if address is None else f"at {address}"
         raise WorkerError(f"cannot use Ray {place}: {error}".splitlines()[0]) from None
+    return True
 
 
 def _look_for(address: str) -> None:

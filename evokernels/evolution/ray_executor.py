@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import os
 import pickle
 import queue
 import threading
@@ -55,18 +56,19 @@ class RayExecutor(WorkerExecutor):
     Args:
         need: of each worker.
         most: workers, at most; None: all that there is room for.
-        address: see `evokernels.evolution.ray_cluster.connect`.
+        address: see `evokernels.evolution.ray_cluster.connect`; of no account in a program that
+            is connected already, and stays so.
 
     Raises:
         WorkerError: there is no such cluster, or no machine with room for a worker.
     """
 
     def __init__(self, need: Need, most: int | None = None, address: str | None = None) -> None:
-        connect(address, need, most)
+        self._connected = connect(address, need, most)
         self._need, self._most = need, most
         self._slots = self._room()
         if not self._slots:
-            ray.shutdown()
+            self._disconnect()
             raise WorkerError(
                 f"no machine of the Ray cluster has the {need} that a worker takes; use fewer "
                 "threads, a smaller share of a GPU, or machines that have it"
@@ -107,12 +109,16 @@ class RayExecutor(WorkerExecutor):
             self._events.put(self._cancel)
         self._events.put(lambda: None)  # to see that it is closed
         self._thread.join()
-        ray.shutdown()
+        self._disconnect()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:  # what they do may take minutes
             self._events.put(lambda: self._break(WorkerError("the executor was left by an error")))
         self.shutdown(cancel_futures=kind is not None)
+
+    def _disconnect(self) -> None:
+        if self._connected:
+            ray.shutdown()
 
     # All that follows is called by the one thread.
 
@@ -157,9 +163,7 @@ class RayExecutor(WorkerExecutor):
                 if not call.future.cancelled():
                     worker.call = call
                     begins = worker.actor.begin.remote(call.message)
-                    self._watch(begins, functools.partial(self._begun, call))
-                    ends = worker.actor.finish.remote()
-                    self._watch(ends, functools.partial(self._ended, worker, call))
+                    self._watch(begins, functools.partial(self._begun, worker, call))
         starting = sum(not worker.where for worker in self._workers)
         missing = min(len(self._waiting) - starting, self._slots - len(self._workers))
         for _ in range(missing):
@@ -191,7 +195,7 @@ class RayExecutor(WorkerExecutor):
                 )
             return
         self._failed_starts = 0
-        worker.where, worker.node = about.where, about.node
+        worker.where, worker.node, worker.pid = about.where, about.node, about.pid
         if differing := [
             f"{name} {about.versions.get(name)} (here {version})"
             for name, version in versions().items()
@@ -209,35 +213,47 @@ class RayExecutor(WorkerExecutor):
                 words = "workers have different processors (%s): the last bits of results differ"
                 logging.getLogger(__name__).warning(words, ", ".join(self._processors))
 
-    def _begun(self, call: _Call, answer: concurrent.futures.Future) -> None:
-        if answer.exception() is None and answer.result():  # else `_ended` will know
+    def _begun(self, worker: _Worker, call: _Call, answer: concurrent.futures.Future) -> None:
+        if worker not in self._workers:  # killed, and its call settled
+            return
+        try:
+            began = answer.result()
+        except Exception as error:  # whatever Ray says of an actor that is gone
+            self._lost(worker, call, error)
+            return
+        if began:
             call.began = True
             with contextlib.suppress(concurrent.futures.InvalidStateError):
                 call.future.set_running_or_notify_cancel()
+        # not before this is known: what crashes at once would take the first answer along
+        ends = worker.actor.finish.remote()
+        self._watch(ends, functools.partial(self._ended, worker, call))
 
     def _ended(self, worker: _Worker, call: _Call, answer: concurrent.futures.Future) -> None:
-        if worker not in self._workers:  # killed, and its call settled
+        if worker not in self._workers:
             return
         self._moved = time.monotonic()
-        worker.call = None
         try:
             succeeded, value = pickle.loads(answer.result())
-        except Exception as error:  # whatever Ray says of an actor that is gone
-            self._workers.remove(worker)
-            self._lost(worker, call, _reason(error))
+        except Exception as error:
+            self._lost(worker, call, error)
             return
+        worker.call = None
         if isinstance(value, EvokernelsError):
             value = type(value)(f"on the machine {worker.where}: {value}")
         call.settle(value, succeeded)
 
-    def _lost(self, worker: _Worker, call: _Call, reason: str) -> None:
+    def _lost(self, worker: _Worker, call: _Call, error: Exception) -> None:
         """What the death of a worker means for its call."""
+        self._workers.remove(worker)
+        reason = _reason(error)
         gone = all(node["NodeID"] != worker.node or not node["Alive"] for node in ray.nodes())
         if worker.ended:
             call.settle(WorkerDied("was ended"))
         elif call.began:
             kind = NodeLost if gone else WorkerLost
-            call.settle(kind(f"on {worker.where} {'went with it' if gone else 'died'}: {reason}"))
+            fate = "went with its machine" if gone else "died"
+            call.settle(kind(f"{fate}, process {worker.pid} on {worker.where}: {reason}"))
         else:
             call.deaths += not gone
             if call.deaths == STARTS:
@@ -300,6 +316,7 @@ class _Worker:
     Attributes:
         where: the address of its machine; empty until it has started.
         node: Ray's name of that machine.
+        pid: of the process, there.
         call: that it is at.
         ended: it was told to die.
     """
@@ -307,6 +324,7 @@ class _Worker:
     actor: Any
     where: str = ""
     node: str = ""
+    pid: int = 0
     call: _Call | None = None
     ended: bool = False
 
@@ -317,6 +335,7 @@ class _About:
 
     where: str
     node: str
+    pid: int
     versions: dict[str, str]
     processor: str
 
@@ -327,7 +346,8 @@ class _Actor:
     def about(self, need: Need) -> _About:
         """Asked once, first."""
         node = ray.get_runtime_context().get_node_id()
-        return _About(ray.util.get_node_ip_address(), node, versions(), processor(need))
+        where, pid = ray.util.get_node_ip_address(), os.getpid()
+        return _About(where, node, pid, versions(), processor(need))
 
     def begin(self, call: bytes) -> bool:
         """Prepare for it; whether that went well."""
