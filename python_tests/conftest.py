@@ -1,3 +1,6 @@
+import os
+import tempfile
+
 import pytest
 import torch
 from cuda_on_host import CudaOnHost
@@ -6,6 +9,10 @@ from evokernels.evolution import evaluator
 from evokernels.kernels.registry import BACKENDS
 
 ON_HOST = CudaOnHost()
+
+# kernels that tests compile, also in processes that they start, are no business of the user's cache
+_cache = tempfile.TemporaryDirectory(prefix="evokernels-tests-")
+os.environ["EVOKERNELS_CACHE_DIR"] = _cache.name
 
 
 @pytest.fixture(params=["cpu", "eager", ON_HOST.name])
