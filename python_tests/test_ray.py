@@ -1,11 +1,13 @@
 """Workers of a real Ray cluster, of machines with their own addresses, which are killed."""
 
 import contextlib
+import dataclasses
 import importlib
 import os
 import pathlib
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -20,11 +22,11 @@ import ray
 from ray.cluster_utils import Cluster
 from test_cli import DEADLINE, TINY, ended_at_last, rows, wait_until
 
-from evokernels import zoo
+from evokernels import genome, terms, zoo
 from evokernels.errors import DatasetError, JournalError, SettingsError, WorkerError
 from evokernels.evolution import pool, ray_cluster, ray_executor
 from evokernels.evolution.evaluations import Evaluations, Request
-from evokernels.evolution.journal import open_journal
+from evokernels.evolution.journal import JOURNAL, open_journal
 from evokernels.evolution.pool import Evaluation, Pool
 from evokernels.evolution.ray_cluster import Need
 from evokernels.evolution.ray_executor import RayExecutor
@@ -186,6 +188,18 @@ def test_only_genomes_and_scores_travel(two, tmp_path, monkeypatch):
 
 # Runs
 
+
+@pytest.fixture(scope="module")
+def settings():
+    """Of a search with a term that this process alone has registered."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(genome, "_own_terms", {})
+        patch.setattr(terms, "_registered", {})
+        terms.register("OF_THIS_PROCESS", terms.tanh(terms.m))
+        search = dataclasses.replace(SETTINGS.search, own_terms=terms.definitions())
+        yield dataclasses.replace(SETTINGS, search=search)
+
+
 SETTINGS = RunSettings(
     search=GeneticConfig(population=4, generations=3, elites=1, tournament=2, seed=1),
     tasks=(MINI,),
@@ -198,10 +212,13 @@ FILES = ("history.csv", "best_genome.json")
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory):
+def expected(settings, tmp_path_factory):
     """Files of a run in this process."""
     folder = tmp_path_factory.mktemp("runs") / "inline"
-    evolve(SETTINGS, folder)
+    evolve(settings, folder)
+    with contextlib.closing(sqlite3.connect(folder / JOURNAL)) as journal:
+        genomes = "".join(text for (text,) in journal.execute("SELECT genome FROM genome"))
+    assert "OF_THIS_PROCESS" in genomes
     return [(folder / name).read_bytes() for name in FILES]
 
 
@@ -209,7 +226,9 @@ def files(folder):
     return [(folder / name).read_bytes() for name in FILES]
 
 
-def test_the_history_is_that_of_one_process_whatever_dies(cluster, two, expected, tmp_path, caplog):
+def test_the_history_is_that_of_one_process_whatever_dies(
+    cluster, two, settings, expected, tmp_path, caplog
+):
     """A worker is killed while it trains; later a machine goes, and another one comes."""
     stopped = []
 
@@ -227,7 +246,7 @@ def test_the_history_is_that_of_one_process_whatever_dies(cluster, two, expected
 
     acts = {3: kill_one_in_the_middle, 9: replace_a_machine}  # by the evaluations recorded
     evolve(
-        SETTINGS,
+        settings,
         tmp_path,
         executor=two,
         on_progress=lambda done, expected, note: acts.pop(done, lambda: None)(),
@@ -292,15 +311,42 @@ def test_every_gpu_of_a_machine_is_used(cluster, two, tmp_path):
     assert sorted(devices) == ["0", "0", "1", "1"]
 
 
+# Cores that others hold
+
+
+def refused(cluster, words):
+    with RayExecutor(Need(1), 1, cluster.address) as executor:
+        calls = [executor.submit(os.getpid) for _ in range(3)]
+        for call in calls:
+            with pytest.raises(WorkerError, match=words):
+                call.result(DEADLINE)
+        with pytest.raises(WorkerError, match=words):
+            executor.submit(os.getpid).result(DEADLINE)
+
+
+def busy_until(path):
+    """What other work does, until the file is there."""
+    wait_until(path.exists)
+
+
+def test_a_cluster_that_is_busy(cluster, two, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_executor, "PATIENCE", 0.5)
+    done = tmp_path / "done"
+    busy = [two.submit(busy_until, done) for _ in range(2)]
+    wait_until(lambda: all(call.running() for call in busy))
+    refused(cluster, "no worker started within 0.5 seconds: .* have room for 1, if nothing")
+    done.touch()
+    for call in busy:
+        call.result(DEADLINE)
+
+
 # Ends
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def free(cluster):
     """One more machine; the others are taken."""
-    machine = node(cluster, "127.0.0.6", num_cpus=1, num_gpus=0)
-    yield
-    cluster.remove_node(machine)
+    node(cluster, "127.0.0.6", num_cpus=1, num_gpus=0)
 
 
 @pytest.fixture
@@ -412,16 +458,6 @@ def test_no_machine_has_room(cluster, two):
         RayExecutor(Need(99), address=cluster.address)
 
 
-def refused(cluster, words):
-    with RayExecutor(Need(1), 1, cluster.address) as executor:
-        calls = [executor.submit(os.getpid) for _ in range(3)]
-        for call in calls:
-            with pytest.raises(WorkerError, match=words):
-                call.result(DEADLINE)
-        with pytest.raises(WorkerError, match=words):
-            executor.submit(os.getpid).result(DEADLINE)
-
-
 def test_other_versions_on_a_machine(cluster, two, free, monkeypatch):
     ours = {**ray_cluster.versions(), "torch": "1.0"}
     monkeypatch.setattr(ray_executor, "versions", lambda: ours)
@@ -437,12 +473,3 @@ def test_workers_that_cannot_start(cluster, two, free, monkeypatch):
     monkeypatch.setattr(ray_executor, "_Actor", Broken)
     monkeypatch.setattr(ray_executor, "STARTS", 1)
     refused(cluster, "end before they begin, 1 times in a row .*no torch here")
-
-
-def test_a_cluster_that_is_busy(cluster, two, monkeypatch):
-    monkeypatch.setattr(ray_executor, "PATIENCE", 1.0)
-    busy = [two.submit(time.sleep, 4) for _ in range(2)]
-    wait_until(lambda: all(call.running() for call in busy))
-    refused(cluster, "no worker started within 1 seconds: .* have room for 1, if nothing")
-    for call in busy:
-        call.result(DEADLINE)
