@@ -79,8 +79,11 @@ def connect(address: str | None, need: Need, most: int | None) -> bool:
         most: workers, for which a cluster that is started has room even where cores are fewer.
 
     Raises:
+        SettingsError: no such address.
         WorkerError: there is no cluster, or Ray refuses to connect; within half a minute.
     """
+    if address not in (None, "auto") and ("/" in address or ":" not in address):
+        raise SettingsError(f"address must be auto or HOST:PORT, got {address!r}")
     if ray.is_initialized():
         return False
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -115,7 +118,8 @@ def _look_for(address: str) -> None:
         reason = _reason(answer.stderr) or "refused"
     raise WorkerError(
         f"no Ray cluster to join at {address!r} ({reason}); on a machine of the cluster, give auto "
-        "or the HOST:PORT that ray start --head has shown"
+        "or the HOST:PORT that ray start --head has shown; a cluster with a token lets in who has "
+        "it and RAY_AUTH_MODE=token"
     )
 
 
