@@ -87,6 +87,8 @@ def main() -> int:
 
 def run() -> None:
     """Measure, predict, write."""
+    with tempfile.TemporaryDirectory() as folder:
+        evolve(SETTINGS, folder)  # its kernels are on disk from now on, for whoever trains
     overheads = {"in this process": overhead(InlineExecutor())}
     with WorkerProcesses(WORKERS) as processes:
         overheads["worker processes"] = overhead(processes)
