@@ -2,7 +2,7 @@
 
 Needs Ray (pip install 'evokernels[ray]'). Measured on this machine: the overhead of each executor,
 the bytes that travel, one and two workers in a real evolution. From these numbers alone a model
-says what 8 and 64 workers would take. Writes results/cluster.md; takes two minutes.
+says what 8 and 64 workers would take. Writes results/cluster.md; takes two to three minutes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from no_training import Nothing
 
 from evokernels import zoo
 from evokernels.evolution.evaluations import Evaluations, Request
-from evokernels.evolution.executor import InlineExecutor, WorkerProcesses, answering
+from evokernels.evolution.executor import InlineExecutor, WorkerExecutor, WorkerProcesses, answering
 from evokernels.evolution.files import write_atomically
 from evokernels.evolution.journal import JOURNAL, open_journal
 from evokernels.evolution.pool import Evaluation, Pool
@@ -47,7 +47,7 @@ WORKERS = 2
 
 # of real training runs, so long that a run takes about a second
 SETTINGS = RunSettings(
-    search=GeneticConfig(population=10, generations=3, elites=2),
+    search=GeneticConfig(population=8, generations=3, elites=2),
     tasks=(TASK,),
     seeds=(0,),
     conditions=Conditions(
@@ -87,16 +87,24 @@ def main() -> int:
 
 def run() -> None:
     """Measure, predict, write."""
+    with tempfile.TemporaryDirectory() as folder:
+        evolve(SETTINGS, folder)  # its kernels are on disk from now on, for whoever trains
     overheads = {"in this process": overhead(InlineExecutor())}
     with WorkerProcesses(WORKERS) as processes:
         overheads["worker processes"] = overhead(processes)
-    searches = {}
+        two_processes, _ = search(processes)
+    with WorkerProcesses(1) as processes:
+        one_process, _ = search(processes)
     with RayExecutor(Need(1), WORKERS) as cluster:
         overheads["Ray"] = overhead(cluster)
         on_wire = loopback(cluster)
-        searches[2], _ = search(cluster)
+        two_in_ray, _ = search(cluster)
     with RayExecutor(Need(1), 1) as cluster:
-        searches[1], durations = search(cluster)
+        one_in_ray, durations = search(cluster)
+    searches = {
+        "worker processes": (one_process, two_processes),
+        "Ray": (one_in_ray, two_in_ray),
+    }
     recording = journal_cost()
     lines = [
         "# Training in a cluster: what it costs, what it gains",
@@ -107,7 +115,7 @@ def run() -> None:
         *told_overheads(overheads, recording),
         *told_bytes(on_wire),
         *told_scaling(searches, durations),
-        *told_predictions(durations, overheads["Ray"].together + recording),
+        *told_predictions(durations, overheads["Ray"], recording),
     ]
     write_atomically(RESULT, ("\n".join(lines).strip() + "\n").encode())
     print("\n".join(lines))
@@ -158,9 +166,8 @@ def received() -> int:
     return int(line.split()[1])
 
 
-def search(executor: RayExecutor) -> tuple[float, list[float]]:
+def search(executor: WorkerExecutor) -> tuple[float, list[float]]:
     """Seconds from the first training run of an evolution to the last, and of each of them."""
-    warm(executor)
     pool = Pool(executor, None, Evaluation(SETTINGS.conditions, 1, "cpu", None))
     sum(1 for _ in pool.run(trials(executor.wanted)))  # data are loaded, kernels compiled
     times: list[float] = []
@@ -186,19 +193,19 @@ def journal_cost() -> float:
         return (time.perf_counter() - start) / CALLS
 
 
-def predicted(durations: Sequence[float], workers: int, cost: float) -> float:
+def predicted(durations: Sequence[float], workers: int, wait: float, cost: float) -> float:
     """Seconds of a round: each free worker takes the next run, whose durations are drawn.
 
-    The coordinator hands over and records one after the other, ``cost`` seconds each, so that no
-    round is shorter than that.
+    It waits ``wait`` seconds for it. The coordinator hands over and records one after the other,
+    ``cost`` seconds each, so that no round is shorter than that.
     """
     draw = random.Random(0)
     rounds = []
     for _ in range(DRAWS):
         free = [0.0] * workers
         for _ in range(ROUND):
-            heapq.heapreplace(free, free[0] + draw.choice(durations))
-        rounds.append(max(*free, ROUND * cost) if workers > 1 else free[0] + ROUND * cost)
+            heapq.heapreplace(free, free[0] + wait + draw.choice(durations))
+        rounds.append(max(*free, ROUND * cost))
     return statistics.fmean(rounds)
 
 
@@ -228,37 +235,49 @@ def told_bytes(on_wire: float) -> Iterable[str]:
     yield ""
 
 
-def told_scaling(searches: Mapping[int, float], durations: Sequence[float]) -> Iterable[str]:
-    """One worker and two."""
-    one, two = searches[1], searches[2]
+def told_scaling(
+    searches: Mapping[str, tuple[float, float]], durations: Sequence[float]
+) -> Iterable[str]:
+    """One worker and two, with Ray and without: what both lose is the machine's."""
     yield "## One worker and two, measured"
     yield ""
     yield (
         f"An evolution of {len(durations)} training runs of {SETTINGS.conditions.steps} steps "
-        f"({statistics.fmean(durations):.2f} s each, the longest {max(durations):.2f} s) takes "
-        f"{one:.1f} s with one worker and {two:.1f} s with two: {one / two:.2f} times as fast."
+        f"({statistics.fmean(durations):.2f} s each with one worker, the longest "
+        f"{max(durations):.2f} s), by one worker and by two, which share caches, memory and clock "
+        "of this machine, with Ray and without."
     )
+    yield ""
+    rows = [
+        [name, f"{one:.1f}", f"{two:.1f}", f"{one / two:.2f}"]
+        for name, (one, two) in searches.items()
+    ]
+    yield from markdown(["evaluated by", "one worker, s", "two, s", "times as fast"], rows)
     yield ""
 
 
-def told_predictions(durations: Sequence[float], cost: float) -> Iterable[str]:
+def told_predictions(
+    durations: Sequence[float], overhead: Overhead, recording: float
+) -> Iterable[str]:
     """What the model says of more workers."""
+    wait, cost = overhead.alone, overhead.together + recording
     mean, longest = statistics.fmean(durations), max(durations)
     yield "## More workers, predicted"
     yield ""
     yield (
         f"The model, of a round of n = {ROUND} training runs (50 genomes on 3 tasks) between two "
-        "barriers: each free worker takes the next run; durations are drawn from those measured "
-        f"with one worker (mean {mean:.2f} s, longest {longest:.2f} s); the coordinator spends "
-        f"c = {cost * 1e3:.1f} ms on each, while workers train. A round takes about the larger of "
-        "n × mean / W + (what the last ones wait for: at most the longest) and n × c. Every worker "
-        "has a core of its own; machines are alike."
+        f"barriers: each free worker takes the next run, {wait * 1e3:.1f} ms later; durations are "
+        f"drawn from those measured with one worker (mean {mean:.2f} s, longest {longest:.2f} s); "
+        f"the coordinator spends at most c = {cost * 1e3:.1f} ms on each, while workers train. "
+        "A round takes about the larger of n × mean / W + (what the last ones wait for, "
+        "at most the "
+        "longest) and n × c. Every worker has a core of its own; machines are alike."
     )
     yield ""
-    base = predicted(durations, 1, cost)
+    base = predicted(durations, 1, wait, cost)
     rows = []
     for workers in PREDICTED:
-        seconds = predicted(durations, workers, cost)
+        seconds = predicted(durations, workers, wait, cost)
         rows.append(
             [
                 str(workers),

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from evokernels import terms
 from evokernels.errors import EvokernelsError, SettingsError, WorkerError
-from evokernels.evolution.devices import find_device
+from evokernels.evolution.devices import named_device
 from evokernels.evolution.evaluations import OnGeneration
 from evokernels.evolution.precision import PRECISIONS, best_precision
 from evokernels.evolution.tensorboard import TensorBoardLog
@@ -210,7 +210,7 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
 
 def resolved_precision(name: str, device: str) -> str:
     """``--precision`` as `Conditions` have it."""
-    return best_precision(find_device(device))[0] if name == "auto" else name
+    return best_precision(named_device(device))[0] if name == "auto" else name
 
 
 def positive(text: str) -> int:
@@ -266,6 +266,11 @@ def training_workers(
             f"with --executor ray the device is cpu or cuda, got {device!r}: the cluster says "
             "which GPU a worker has"
         )
+    share = options.gpus_per_worker
+    if share is not None and (device == "cpu" or not share > 0):
+        raise SettingsError(
+            f"--gpus-per-worker is above 0 and for --device cuda, got {share:g} for {device}"
+        )
     try:
         from evokernels.evolution.ray_executor import Need, RayExecutor
     except ModuleNotFoundError as error:
@@ -274,8 +279,7 @@ def training_workers(
         raise WorkerError(
             "--executor ray needs Ray, which is not installed: pip install 'evokernels[ray]'"
         ) from None
-    gpus = 1.0 if options.gpus_per_worker is None else options.gpus_per_worker
-    need = Need(threads, gpus if device == "cuda" else 0.0)
+    need = Need(threads, 1.0 if share is None and device == "cuda" else share or 0.0)
     with RayExecutor(need, options.workers, options.address) as executor:
         yield {**common, "executor": executor}
 

@@ -1,11 +1,13 @@
 """Workers of a real Ray cluster, of machines with their own addresses, which are killed."""
 
 import contextlib
+import dataclasses
 import importlib
 import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,10 +22,12 @@ import ray
 from ray.cluster_utils import Cluster
 from test_cli import DEADLINE, TINY, ended_at_last, rows, wait_until
 
-from evokernels import zoo
+from evokernels import genome, terms, zoo
 from evokernels.errors import DatasetError, JournalError, SettingsError, WorkerError
+from evokernels.evolution import executor as executors
 from evokernels.evolution import pool, ray_cluster, ray_executor
 from evokernels.evolution.evaluations import Evaluations, Request
+from evokernels.evolution.executor import InlineExecutor
 from evokernels.evolution.journal import open_journal
 from evokernels.evolution.pool import Evaluation, Pool
 from evokernels.evolution.ray_cluster import Need
@@ -132,6 +136,14 @@ class Scripted(Evaluation):
         return None
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fewer_tries():
+    """A crash costs the start of a process each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executors.WorkerLost, "tries", 2)
+        yield
+
+
 def run(executor, folder, tasks, limit=2.0):
     workers = Pool(executor, None, Scripted(CONDITIONS, 1, "cpu", str(folder)), limit)
     trials = [Trial(zoo.adam, task, seed) for seed, task in enumerate(tasks)]
@@ -166,7 +178,7 @@ def test_what_happens_to_one_evaluation_is_its_outcome(task, outcomes):
 def test_what_always_crashes_is_not_tried_for_ever(outcomes):
     folder, _ = outcomes
     tries = {path.name: len(path.read_text().splitlines()) for path in folder.iterdir()}
-    assert tries == {"crash": 3, "killed once": 2, "death at the first start": 2}
+    assert tries == {"crash": 2, "killed once": 2, "death at the first start": 2}
 
 
 def test_an_error_says_on_which_machine(two, tmp_path):
@@ -182,6 +194,53 @@ def test_only_genomes_and_scores_travel(two, tmp_path, monkeypatch):
     )
     run(two, tmp_path, ["plain"])
     assert 100 < sum(sent) < 3000
+
+
+def test_terms_of_this_process_alone_travel_with_the_genome(two, monkeypatch):
+    monkeypatch.setattr(genome, "_own_terms", {})
+    monkeypatch.setattr(terms, "_registered", {})
+    own = genome.Genome([terms.register("OF_THIS_PROCESS", terms.tanh(terms.m) * terms.progress)])
+    trials = [Trial(optimizer, MINI, 0) for optimizer in (own, zoo.adam)]
+
+    def outcomes(executor, in_flight):
+        made = Pool(executor, in_flight, Evaluation(CONDITIONS, 1, "cpu", None)).run(trials)
+        return {trial: dataclasses.replace(outcome, seconds=0.0) for trial, outcome in made}
+
+    ours = outcomes(InlineExecutor(), 1)
+    assert outcomes(two, None) == ours
+    assert len(set(ours.values())) == 2
+
+
+class Unreadable:
+    """What can be pickled, and not read again."""
+
+    def __reduce__(self):
+        return int, ("no number",)
+
+
+class Fussy(WorkerError):
+    def __init__(self, one, two):
+        super().__init__(f"{one} {two}")
+
+    def __reduce__(self):
+        return Fussy, ("one", "two"), self.__dict__
+
+
+def raise_fussy():
+    raise Fussy("one", "two")
+
+
+def test_answers_that_cannot_be_had_and_errors_of_any_kind(two):
+    with pytest.raises(ValueError, match="no number"):
+        two.submit(Unreadable).result(DEADLINE)
+    with pytest.raises(Fussy, match=r"on the machine 127\.0\.0\.[23]: one two") as caught:
+        two.submit(raise_fussy).result(DEADLINE)
+    assert "in a worker process" in caught.value.__notes__[0]
+
+
+def test_a_cluster_without_machines_waits_for_one(two, monkeypatch):
+    monkeypatch.setattr(two, "_slots", 0)
+    assert two.wanted == 2
 
 
 # Runs
@@ -292,15 +351,42 @@ def test_every_gpu_of_a_machine_is_used(cluster, two, tmp_path):
     assert sorted(devices) == ["0", "0", "1", "1"]
 
 
+# Cores that others hold
+
+
+def refused(cluster, words):
+    with RayExecutor(Need(1), 1, cluster.address) as executor:
+        calls = [executor.submit(os.getpid) for _ in range(3)]
+        for call in calls:
+            with pytest.raises(WorkerError, match=words):
+                call.result(DEADLINE)
+        with pytest.raises(WorkerError, match=words):
+            executor.submit(os.getpid).result(DEADLINE)
+
+
+def busy_until(path):
+    """What other work does, until the file is there."""
+    wait_until(path.exists)
+
+
+def test_a_cluster_that_is_busy(cluster, two, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_executor, "PATIENCE", 0.5)
+    done = tmp_path / "done"
+    busy = [two.submit(busy_until, done) for _ in range(2)]
+    wait_until(lambda: all(call.running() for call in busy))
+    refused(cluster, "no worker started within 0.5 seconds: .* have room for 1, if nothing")
+    done.touch()
+    for call in busy:
+        call.result(DEADLINE)
+
+
 # Ends
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def free(cluster):
     """One more machine; the others are taken."""
-    machine = node(cluster, "127.0.0.6", num_cpus=1, num_gpus=0)
-    yield
-    cluster.remove_node(machine)
+    node(cluster, "127.0.0.6", num_cpus=1, num_gpus=0)
 
 
 @pytest.fixture
@@ -341,8 +427,8 @@ def test_a_coordinator_that_is_killed_leaves_nothing_and_resumes(
         assert process.poll() is None, (tmp_path / "errors").read_text()
     wait_until(lambda: set(actors()) <= own)
     made = rows(broken)
-    with ended_at_last(start(broken, "--address", cluster.address)) as process:
-        assert process.wait(DEADLINE) == 0, (tmp_path / "errors").read_text()
+    code, _, err = command("--executor", "ray", "--address", cluster.address, "--out", broken)
+    assert code == 0, err
     assert 3 <= made < rows(broken) == rows(whole)
     assert files(broken) == files(whole)
 
@@ -375,8 +461,65 @@ def test_ctrl_c_ends_workers_and_the_cluster_that_was_started(tmp_path):
 # Errors: one line, in bounded time
 
 
+def test_a_head_that_is_silent(cluster, two, free, monkeypatch):
+    monkeypatch.setattr(ray_executor, "SILENCE", 0.5)
+    with RayExecutor(Need(1), 1, cluster.address) as executor:
+        call = executor.submit(time.sleep, 1e6)
+        wait_until(call.running)
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            nobody = f"127.0.0.1:{taken.getsockname()[1]}"
+        executor._head = ray_cluster.Head(nobody)
+        with pytest.raises(WorkerError, match=f"the head of the Ray cluster, {nobody}, is gone"):
+            call.result(DEADLINE)
+
+
+def test_an_error_of_ray_ends_all_calls(cluster, two, free, monkeypatch):
+    with RayExecutor(Need(1), 1, cluster.address) as executor:
+        call = executor.submit(time.sleep, 1e6)
+        wait_until(call.running)
+        monkeypatch.setattr(executor, "_room", lambda: 1 / 0)
+        with pytest.raises(WorkerError, match="the Ray cluster fails: division by zero"):
+            call.result(DEADLINE)
+
+
+def test_a_machine_that_goes_excuses_workers_that_do_not_start(
+    cluster, two, free, tmp_path, monkeypatch
+):
+    class Broken(ray_executor._Actor):
+        def __init__(self):
+            with open(tmp_path / "starts", "a+") as file:
+                file.write("again\n")
+                if file.tell() <= len("again\n"):
+                    raise OSError("not yet")
+
+    monkeypatch.setattr(ray_executor, "_Actor", Broken)
+    monkeypatch.setattr(ray_executor, "STARTS", 1)
+    other = iter("abcdefgh")  # at every look there is another machine
+    monkeypatch.setattr(ray_executor, "_machines", lambda: frozenset(next(other)))
+    with RayExecutor(Need(1), 1, cluster.address) as executor:
+        assert executor.submit(abs, -1).result(DEADLINE) == 1
+
+
+def test_the_coordinator_needs_no_gpu(cluster, two, free, command, tmp_path):
+    """The run begins: it is the worker that finds no GPU, as all do here."""
+    node(cluster, "127.0.0.7", num_cpus=0, num_gpus=1)
+    given = ("--executor", "ray", "--address", cluster.address, "--device", "cuda")
+    code, _, err = command(*given, "--out", tmp_path / "run")
+    assert code == 2
+    words = r"error: on the machine 127\.0\.0\.\d: device is 'cuda', but torch .* finds no CUDA"
+    assert re.match(words, err.splitlines()[-1])
+
+
 def test_errors_of_options(command, tmp_path, monkeypatch):
+    ray_here = ("--executor", "ray")
     for arguments, part in (
+        ([*ray_here, "--gpus-per-worker", "1"], "is above 0 and for --device cuda, got 1 for cpu"),
+        (
+            [*ray_here, "--device", "cuda", "--gpus-per-worker", "0"],
+            "is above 0 and for --device cuda, got 0 for cuda",
+        ),
+        ([*ray_here, "--address", "ray://head:10001"], "address must be auto or HOST:PORT"),
+        ([*ray_here, "--address", ""], "address must be auto or HOST:PORT"),
         (["--address", "auto"], "--address is for --executor ray alone"),
         (["--gpus-per-worker", "1"], "--gpus-per-worker is for --executor ray alone"),
     ):
@@ -412,16 +555,6 @@ def test_no_machine_has_room(cluster, two):
         RayExecutor(Need(99), address=cluster.address)
 
 
-def refused(cluster, words):
-    with RayExecutor(Need(1), 1, cluster.address) as executor:
-        calls = [executor.submit(os.getpid) for _ in range(3)]
-        for call in calls:
-            with pytest.raises(WorkerError, match=words):
-                call.result(DEADLINE)
-        with pytest.raises(WorkerError, match=words):
-            executor.submit(os.getpid).result(DEADLINE)
-
-
 def test_other_versions_on_a_machine(cluster, two, free, monkeypatch):
     ours = {**ray_cluster.versions(), "torch": "1.0"}
     monkeypatch.setattr(ray_executor, "versions", lambda: ours)
@@ -437,12 +570,3 @@ def test_workers_that_cannot_start(cluster, two, free, monkeypatch):
     monkeypatch.setattr(ray_executor, "_Actor", Broken)
     monkeypatch.setattr(ray_executor, "STARTS", 1)
     refused(cluster, "end before they begin, 1 times in a row .*no torch here")
-
-
-def test_a_cluster_that_is_busy(cluster, two, monkeypatch):
-    monkeypatch.setattr(ray_executor, "PATIENCE", 1.0)
-    busy = [two.submit(time.sleep, 4) for _ in range(2)]
-    wait_until(lambda: all(call.running() for call in busy))
-    refused(cluster, "no worker started within 1 seconds: .* have room for 1, if nothing")
-    for call in busy:
-        call.result(DEADLINE)

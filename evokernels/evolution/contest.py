@@ -12,7 +12,7 @@ from evokernels.errors import SettingsError
 from evokernels.evolution import report, tuning
 from evokernels.evolution.baselines import Baseline
 from evokernels.evolution.comparison import Comparison, table
-from evokernels.evolution.devices import find_device
+from evokernels.evolution.devices import named_device
 from evokernels.evolution.evaluations import (
     Evaluations,
     OnProgress,
@@ -43,7 +43,7 @@ class Contest:
 
     Raises:
         SettingsError, DatasetError: naming the setting, the value given and the values allowed;
-            a device must be there.
+            the device must be there only where training runs take place.
     """
 
     optimizers: Mapping[str, Genome | Baseline]
@@ -57,7 +57,7 @@ class Contest:
     def __post_init__(self) -> None:
         for task in self.tasks:
             get_task(task)
-        find_device(self.device)
+        named_device(self.device)
         for name, values in (
             ("optimizers", tuple(self.optimizers)),
             ("tasks", self.tasks),

@@ -13,24 +13,22 @@ import torch
 
 from evokernels.errors import SettingsError
 
-__all__ = ["CudaGraph", "find_device", "keep_memory", "reproducible"]
+__all__ = ["CudaGraph", "find_device", "keep_memory", "named_device", "reproducible"]
 
 # Of glibc's mallopt, see its manual page.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name: "cpu", "cuda" (the first one) or "cuda:N".
+    """The device of a name, as `named_device` has it, which must be there.
 
     Raises:
         SettingsError: another name, or a device that is not there.
     """
-    if name == "cpu":
-        return torch.device("cpu")
-    match = re.fullmatch(r"cuda(?::(0|[1-9][0-9]*))?", name)
-    if match is None:
-        raise SettingsError(f"device must be cpu, cuda or cuda:N, got {name!r}")
-    index, found = int(match[1] or 0), torch.cuda.device_count()
+    device = named_device(name)
+    if device.type == "cpu":
+        return device
+    index, found = device.index, torch.cuda.device_count()
     if not found:
         raise SettingsError(
             f"device is {name!r}, but torch {torch.__version__} finds no CUDA device here; "
@@ -39,7 +37,21 @@ def find_device(name: str) -> torch.device:
     if index >= found:
         listed = ", ".join(f"cuda:{i}" for i in range(found))
         raise SettingsError(f"device is {name!r}, but there is {listed} here; use that or cpu")
-    return torch.device("cuda", index)
+    return device
+
+
+def named_device(name: str) -> torch.device:
+    """The device of a name: "cpu", "cuda" (the first one) or "cuda:N", here or on another machine.
+
+    Raises:
+        SettingsError: another name.
+    """
+    if name == "cpu":
+        return torch.device("cpu")
+    match = re.fullmatch(r"cuda(?::(0|[1-9][0-9]*))?", name)
+    if match is None:
+        raise SettingsError(f"device must be cpu, cuda or cuda:N, got {name!r}")
+    return torch.device("cuda", int(match[1] or 0))
 
 
 @functools.cache  # once a process

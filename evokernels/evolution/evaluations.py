@@ -8,7 +8,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from evokernels.evolution.devices import find_device
 from evokernels.evolution.evaluator import EVALUATION_VERSION
+from evokernels.evolution.executor import WorkerExecutor
 from evokernels.evolution.journal import Entry, Journal, open_journal
 from evokernels.evolution.pool import Pool, open_pool
 from evokernels.evolution.trial import Conditions, Outcome, Purpose, Trial
@@ -104,10 +106,13 @@ def open_evaluations(
         workers: the other arguments of `open_pool`.
 
     Raises:
+        SettingsError: the device is not there, and no `WorkerExecutor` knows another machine.
         JournalError: see `open_journal`.
     """
     recorded = {**settings, "evaluation_version": EVALUATION_VERSION}
     place = {name: settings[name] for name in ("threads", "device")}
+    if not isinstance(workers.get("executor"), WorkerExecutor):
+        find_device(settings["device"])  # before there is a journal of a run that cannot be
     with (
         open_journal(folder, recorded) as journal,
         open_pool(conditions, **place, **workers) as pool,

@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import torch
 
-from evokernels.evolution.devices import find_device
+from evokernels.evolution.devices import named_device
 
 __all__ = ["machine", "processor", "versions"]
 
@@ -42,8 +42,9 @@ def machine(device: str) -> list[tuple[str, str]]:
         device: where training took place, as the settings name it.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = find_device(device)
-    name = f" ({torch.cuda.get_device_name(found)})" if found.type == "cuda" else ""
+    found = named_device(device)
+    here = found.type == "cuda" and found.index < torch.cuda.device_count()
+    name = f" ({torch.cuda.get_device_name(found)})" if here else ""
     return [
         ("processor", processor()),
         ("cores of this process", str(cores)),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import logging
 import os
 import platform
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -17,7 +19,7 @@ import torch
 from evokernels.errors import SettingsError, WorkerError
 from evokernels.evolution.evaluator import EVALUATION_VERSION
 
-__all__ = ["Need", "connect", "processor", "room", "versions"]
+__all__ = ["Head", "Need", "connect", "processor", "room", "versions"]
 
 # Seconds that a cluster may take to answer. Ray itself would try for minutes, and then end the
 # process.
@@ -77,8 +79,11 @@ def connect(address: str | None, need: Need, most: int | None) -> bool:
         most: workers, for which a cluster that is started has room even where cores are fewer.
 
     Raises:
+        SettingsError: no such address.
         WorkerError: there is no cluster, or Ray refuses to connect; within half a minute.
     """
+    if address not in (None, "auto") and ("/" in address or ":" not in address):
+        raise SettingsError(f"address must be auto or HOST:PORT, got {address!r}")
     if ray.is_initialized():
         return False
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -113,7 +118,8 @@ def _look_for(address: str) -> None:
         reason = _reason(answer.stderr) or "refused"
     raise WorkerError(
         f"no Ray cluster to join at {address!r} ({reason}); on a machine of the cluster, give auto "
-        "or the HOST:PORT that ray start --head has shown"
+        "or the HOST:PORT that ray start --head has shown; a cluster with a token lets in who has "
+        "it and RAY_AUTH_MODE=token"
     )
 
 
@@ -122,6 +128,30 @@ def _reason(stderr: str) -> str:
     message = stderr.rpartition('\n  File "')[2].splitlines()
     lines = [line for line in message if line and not line.startswith(" ")]
     return lines[0].partition(": ")[2].partition(". ")[0] if lines else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """The machine that the cluster cannot be without.
+
+    Args:
+        address: "host:port" of its server, an IPv6 host in brackets.
+    """
+
+    address: str
+
+    @classmethod
+    def of_this_cluster(cls) -> Head:
+        """Of the one that this process is connected to."""
+        return cls(ray.get_runtime_context().gcs_address)
+
+    def answers(self) -> bool:
+        """Whether it lets itself be connected to; within two seconds."""
+        host, _, port = self.address.rpartition(":")
+        with contextlib.suppress(OSError):
+            socket.create_connection((host.strip("[]"), int(port)), timeout=2.0).close()
+            return True
+        return False
 
 
 def room(need: Need) -> int:

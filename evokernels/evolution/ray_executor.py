@@ -33,7 +33,7 @@ from evokernels.evolution.executor import (
     WorkerLost,
     answering,
 )
-from evokernels.evolution.ray_cluster import Need, connect, processor, room, versions
+from evokernels.evolution.ray_cluster import Head, Need, connect, processor, room, versions
 
 __all__ = ["RayExecutor"]
 
@@ -42,6 +42,9 @@ LOOK = 2.0  # seconds after which it looks again how many machines there are
 # Seconds in which a worker must start if none is there: other work may hold the cluster, and torch
 # may come from a slow disk.
 PATIENCE = 120.0
+
+# Seconds in which the head may be silent. Ray itself would end this process after a minute.
+SILENCE = 15.0
 
 
 class RayExecutor(WorkerExecutor):
@@ -66,6 +69,7 @@ class RayExecutor(WorkerExecutor):
     def __init__(self, need: Need, most: int | None = None, address: str | None = None) -> None:
         self._connected = connect(address, need, most)
         self._need, self._most = need, most
+        self._head = Head.of_this_cluster()
         self._slots = self._room()
         if not self._slots:
             self._disconnect()
@@ -80,15 +84,18 @@ class RayExecutor(WorkerExecutor):
         self._waiting: deque[_Call] = deque()
         self._workers: list[_Worker] = []
         self._processors: list[str] = []
-        self._looked = self._moved = time.monotonic()
+        self._looked = self._moved = self._answered = time.monotonic()
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
     @property
     def wanted(self) -> int:
-        """Twice the workers: an answer is recorded while its worker is at the next call."""
-        return 2 * self._slots
+        """Twice the workers: an answer is recorded while its worker is at the next call.
+
+        A cluster whose machines are all gone has the calls of one worker, which wait for another.
+        """
+        return 2 * max(self._slots, 1)
 
     def submit(self, fn: Callable, /, *args: Any, **kwargs: Any) -> concurrent.futures.Future:
         """See `concurrent.futures.Executor.submit` and `WorkerExecutor`."""
@@ -124,11 +131,14 @@ class RayExecutor(WorkerExecutor):
 
     def _serve(self) -> None:
         while self._open or self._waiting or any(worker.call for worker in self._workers):
-            with contextlib.suppress(queue.Empty):
-                self._events.get(timeout=LOOK)()
-            if time.monotonic() - self._looked > LOOK:
-                self._look()
-            self._assign()
+            try:
+                with contextlib.suppress(queue.Empty):
+                    self._events.get(timeout=LOOK)()
+                if time.monotonic() - self._looked > LOOK:
+                    self._look()
+                self._assign()
+            except Exception as error:  # of Ray, whose head is gone; nobody else would notice
+                self._break(WorkerError(f"the Ray cluster fails: {_reason(error)}"))
         self._kill_all()
 
     def _room(self) -> int:
@@ -137,8 +147,19 @@ class RayExecutor(WorkerExecutor):
 
     def _look(self) -> None:
         """At the machines, and whether anything moves."""
-        self._slots = self._room()
         self._looked = now = time.monotonic()
+        if self._head.answers():
+            self._answered = now
+        elif now - self._answered > SILENCE:
+            self._break(
+                WorkerError(
+                    f"the head of the Ray cluster, {self._head.address}, is gone; start the "
+                    "cluster and the same command again"
+                )
+            )
+        if self._answered != now:  # Ray would wait for it
+            return
+        self._slots = self._room()
         if not self._waiting or any(worker.where for worker in self._workers):
             self._moved = now
         elif now - self._moved > PATIENCE:
@@ -166,8 +187,9 @@ class RayExecutor(WorkerExecutor):
                     self._watch(begins, functools.partial(self._begun, worker, call))
         starting = sum(not worker.where for worker in self._workers)
         missing = min(len(self._waiting) - starting, self._slots - len(self._workers))
+        machines = _machines() if missing > 0 else frozenset()
         for _ in range(missing):
-            worker = _Worker(self._actors.remote())
+            worker = _Worker(self._actors.remote(), machines)
             self._workers.append(worker)
             about = worker.actor.about.remote(self._need)
             self._watch(about, functools.partial(self._started, worker))
@@ -185,7 +207,8 @@ class RayExecutor(WorkerExecutor):
             about = answer.result()
         except Exception as error:  # whatever Ray says of an actor that did not come to be
             self._workers.remove(worker)
-            self._failed_starts += 1
+            # nobody knows where it was to start, so that the loss of any machine excuses it
+            self._failed_starts += worker.machines <= _machines()
             if self._failed_starts == STARTS:
                 self._break(
                     WorkerError(
@@ -234,20 +257,24 @@ class RayExecutor(WorkerExecutor):
             return
         self._moved = time.monotonic()
         try:
-            succeeded, value = pickle.loads(answer.result())
+            message = answer.result()
         except Exception as error:
             self._lost(worker, call, error)
             return
         worker.call = None
+        try:
+            succeeded, value = pickle.loads(message)
+        except Exception as error:  # the worker is well, what it says is not
+            succeeded, value = False, error
         if isinstance(value, EvokernelsError):
-            value = type(value)(f"on the machine {worker.where}: {value}")
+            value.args = (f"on the machine {worker.where}: {value}",)
         call.settle(value, succeeded)
 
     def _lost(self, worker: _Worker, call: _Call, error: Exception) -> None:
         """What the death of a worker means for its call."""
+        gone = worker.node not in _machines()
         self._workers.remove(worker)
         reason = _reason(error)
-        gone = all(node["NodeID"] != worker.node or not node["Alive"] for node in ray.nodes())
         if worker.ended:
             call.settle(WorkerDied("was ended"))
         elif call.began:
@@ -283,7 +310,8 @@ class RayExecutor(WorkerExecutor):
 
     def _kill_all(self) -> None:
         for worker in self._workers:
-            ray.kill(worker.actor)
+            with contextlib.suppress(Exception):  # where Ray itself is gone, so are they
+                ray.kill(worker.actor)
             if worker.call is not None:
                 worker.call.settle(self._error)
         self._workers.clear()
@@ -314,6 +342,7 @@ class _Worker:
     """An actor as this process knows it.
 
     Attributes:
+        machines: Ray's names of those that were there when it was asked for.
         where: the address of its machine; empty until it has started.
         node: Ray's name of that machine.
         pid: of the process, there.
@@ -322,6 +351,7 @@ class _Worker:
     """
 
     actor: Any
+    machines: frozenset[str]
     where: str = ""
     node: str = ""
     pid: int = 0
@@ -360,6 +390,12 @@ class _Actor:
         return next(self._messages, self._message)
 
 
+def _machines() -> frozenset[str]:
+    """Ray's names of all that are there."""
+    return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
+
+
 def _reason(error: Exception) -> str:
     """The last line of what Ray says, up to its advice."""
-    return str(error).strip().splitlines()[-1].partition(". ")[0].strip()
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].partition(". ")[0].strip()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from evokernels.errors import SettingsError
-from evokernels.evolution.devices import find_device
+from evokernels.evolution.devices import named_device
 from evokernels.evolution.precision import PRECISIONS
 from evokernels.evolution.trial import Conditions
 from evokernels.search.genetic import GeneticConfig
@@ -38,7 +38,7 @@ class TrainingSettings:
 
     Raises:
         SettingsError, DatasetError: naming the setting, the value given and the values allowed;
-            a device must be there.
+            the device must be there only where training runs take place.
     """
 
     SEARCH: ClassVar[type]  # the kind of ``search``, a dataclass with a seed, which all have
@@ -54,7 +54,7 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         for task in self.tasks:
             get_task(task)
-        find_device(self.device)
+        named_device(self.device)
         for name, value, least in (
             ("steps", self.conditions.steps, 1),
             ("batch_size", self.conditions.batch_size, 1),
