@@ -1,5 +1,6 @@
 """Exported optimizers: the searched rule on random states, and what torch asks of an optimizer."""
 
+import ast
 import copy
 import functools
 import io
@@ -500,11 +501,22 @@ def test_numbers_have_all_their_digits():
         ("2025", "Optimizer2025"),
         ("none", "OptimizerNone"),
         ("tensor", "OptimizerTensor"),
+        ("MOMENTS", "OptimizerMOMENTS"),
+        ("ValueError", "OptimizerValueError"),
         ("ß", "Optimizer"),
     ],
 )
 def test_names_of_classes(text, name):
     assert class_name(text) == name
+
+
+def test_no_name_of_a_class_hides_one_that_the_file_needs():
+    """Those of classes begin with a capital letter and have no underscore."""
+    tree = ast.parse(render_torch(zoo.evolved_2025, "Exported"))
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    used |= {alias.name for node in ast.walk(tree) for alias in getattr(node, "names", ())}
+    for name in used - {"Exported"}:
+        assert class_name(name) != name, name
 
 
 def test_every_operation_of_a_rule_is_written(monkeypatch):
