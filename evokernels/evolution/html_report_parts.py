@@ -233,7 +233,8 @@ def configuration(settings: Mapping[str, Any]) -> Section:
 
 def _setting(value: object) -> str:
     if isinstance(value, (tuple, list)):
-        return " ".join(map(str, value)) or "none"
+        texts = list(map(str, value))
+        return ("; " if any(" " in text for text in texts) else " ").join(texts) or "none"
     if value is None:
         return "all"
     return value if isinstance(value, str) else json.dumps(value)
