@@ -196,6 +196,7 @@ def test_the_winner_and_its_luck_are_told(run):
     assert f"overestimated it by {bias:.4f} ±" in luck
     assert str(result.winner.test) in luck
     assert "seeds 2 3 4" in luck
+    assert f"the best of {SETTINGS.finalists} finalists on seeds 5 6 7" in luck
 
 
 def test_the_page_needs_nothing_from_elsewhere(run):

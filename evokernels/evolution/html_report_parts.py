@@ -174,6 +174,13 @@ def luck(settings: TrainingSettings, winner: Winner) -> Section:
     """How far selection has overestimated the winner."""
     seeds = " ".join(map(str, settings.fresh_seeds))
     split = settings.selection_split
+    final = (
+        f" It is the best of {settings.finalists} finalists on seeds "
+        f"{' '.join(map(str, settings.final_seeds))}; the fitness that another one had in the "
+        "search may be higher."
+        if settings.finalists > 1
+        else ""
+    )
     rows = [
         (f"in the search, {split} split", Estimate(winner.selected, float("nan")), "other"),
         (f"fresh seeds, {split} split", winner.fresh, "best"),
@@ -186,7 +193,7 @@ def luck(settings: TrainingSettings, winner: Winner) -> Section:
             Text(
                 "The best of many noisy scores is better on paper than in truth. On seeds "
                 f"{seeds}, which the selection has not seen, the winner's fitness on the same "
-                f"split is {winner.fresh}: selection has overestimated it by {winner.bias}."
+                f"split is {winner.fresh}: selection has overestimated it by {winner.bias}.{final}"
             ),
             Picture(
                 "Fitness of the winner (± standard error over seeds)", pictures.dots("luck", rows)
