@@ -89,8 +89,8 @@ def terms(numbers: Sequence[int], generations: Sequence[Sequence[Genome]]) -> Se
         [
             Text(
                 "The share of the genomes of each generation that have a term, counted once a "
-                "genome whatever its weight: the darker, the more. To the right the share in the "
-                "first and in the last generation."
+                "genome whatever its weight: the fuller the colour, the more. To the "
+                "right the share in the first and in the last generation."
             ),
             Picture("Share of genomes with each term", pictures.heat("terms", numbers, ordered)),
             Table(
