@@ -1,7 +1,8 @@
 """Compare optimizers: train each of them under the same conditions, with the same seeds.
 
 An optimizer is a name or a genome file. Prints fitness overall and per task as mean ± standard
-error over the seeds, on the test split; writes comparison.csv (every run) and comparison.png.
+error over the seeds, on the test split; writes report.html, comparison.csv (every run) and
+comparison.png.
 Interrupted, the same command goes on; with more optimizers, tasks or seeds it trains what is new.
 
 With --tune N, N settings of learning rate and schedule are tried of every optimizer (its own

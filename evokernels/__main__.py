@@ -38,11 +38,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.command(_genome(options.genome), options)
         sys.stdout.flush()
     except EvokernelsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _failed(error)
     except BrokenPipeError:  # whoever reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
+    except OSError as error:  # all other files' become one of ours
+        _discard_output()
+        return _failed(f"cannot write to standard output: {error.strerror or error}")
     return 0
+
+
+def _failed(reason: object) -> int:
+    print("error:", " ".join(str(reason).splitlines()), file=sys.stderr)
+    return 2
+
+
+def _discard_output() -> None:
+    """So that what is left of it does not fail again when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -120,6 +132,9 @@ def _export(genome: Genome, options: argparse.Namespace) -> None:
     if options.output == "-":
         print(text, end="")
         return
+    if os.path.exists(options.output) and not os.path.isfile(options.output):
+        # a folder, or a device such as /dev/null, which root could replace by a file
+        raise ExportError(f"cannot write {options.output!r}: it is no regular file")
     if os.path.exists(options.output) and not options.force:
         raise ExportError(
             f"{options.output!r} exists; choose another name, or --force to replace it"
@@ -142,4 +157,5 @@ def _inspect(genome: Genome, options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8")  # what Python files have to be, wherever they go
     sys.exit(main())

@@ -10,6 +10,7 @@ __all__ = [
     "GenomeError",
     "JournalError",
     "OptimizerError",
+    "ReportWarning",
     "SettingsError",
     "StrategyError",
     "TermError",
@@ -64,6 +65,10 @@ class StrategyError(EvokernelsError, ValueError):
 
 class TermError(EvokernelsError, ValueError):
     """A term that cannot be registered, or the file that registers it."""
+
+
+class ReportWarning(UserWarning):
+    """A run is complete, but its report could not be written."""
 
 
 class TermWarning(UserWarning):

@@ -107,7 +107,7 @@ def find_term(value: object) -> Term | OwnTerm:
     raise GenomeError(
         f"term_types holds {value!r}, which is no term; use one of "
         f"{', '.join([*(f'{t.name} ({t.value})' for t in Term), *_own_terms])}, or register it "
-        "before: evokernels.terms.register(name, formula)"
+        "before: evokernels.terms.register(name, formula), for commands in a file: --terms FILE"
     )
 
 

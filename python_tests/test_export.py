@@ -1,5 +1,6 @@
 """Exported optimizers: the searched rule on random states, and what torch asks of an optimizer."""
 
+import ast
 import copy
 import functools
 import io
@@ -118,7 +119,8 @@ OWN = [*(each for each, *_ in BY_HAND), terms.where(terms.g > terms.p, 0.1, 0.7)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_random_genomes_match_the_reference(dtype):
     """In every other tensor one gradient is missing."""
-    for seed in random_rules(300):
+    count = 300 if dtype in (torch.float32, torch.float64) else 100  # as float32, but for casts
+    for seed in random_rules(300)[:count]:
         rule = random_genome(seed)
         start, gradients = case(seed, dtype)
         missing = [
@@ -500,6 +502,8 @@ def test_numbers_have_all_their_digits():
         ("2025", "Optimizer2025"),
         ("none", "OptimizerNone"),
         ("tensor", "OptimizerTensor"),
+        ("MOMENTS", "OptimizerMOMENTS"),
+        ("ValueError", "OptimizerValueError"),
         ("ß", "Optimizer"),
     ],
 )
@@ -507,13 +511,24 @@ def test_names_of_classes(text, name):
     assert class_name(text) == name
 
 
+def test_no_name_of_a_class_hides_one_that_the_file_needs():
+    """Those of classes begin with a capital letter and have no underscore."""
+    tree = ast.parse(render_torch(zoo.evolved_2025, "Exported"))
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    used |= {alias.name for node in ast.walk(tree) for alias in getattr(node, "names", ())}
+    for name in used - {"Exported"}:
+        assert class_name(name) != name, name
+
+
 def test_every_operation_of_a_rule_is_written(monkeypatch):
     """Those that tensors may have: the random rules, which are held against the definition, do."""
-    written = set()
+    missing = set(OPS) - {"sub", "expm1", "cospi"}
     for seed in range(100):
         monkeypatch.setattr(genome, "_own_terms", {})
-        written |= {line.op for line in lower(random_own_genome(seed)).program.lines}
-    assert written >= set(OPS) - {"sub", "expm1", "cospi"}
+        missing -= {line.op for line in lower(random_own_genome(seed)).program.lines}
+        if not missing:
+            break
+    assert not missing
 
 
 RUFF = shutil.which("ruff", path=pathlib.Path(sys.executable).parent) or shutil.which("ruff")

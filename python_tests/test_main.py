@@ -82,6 +82,7 @@ def test_own_terms_come_from_a_file(run, tmp_path):
     code, _, errors = run("export", "own.json")
     assert code == 2
     assert "DAMPED" in errors
+    assert "--terms" in errors
     code, text, _ = run("export", "own.json", "--terms", "mine.py")
     assert code == 0
     assert 'MOMENTS = ("average(|g|, 0.99)",)' in text
@@ -101,6 +102,8 @@ ERRORS = [
     (("export", "adam", "-o", "no/where.py"), "cannot write 'no/where.py': No such file"),
     (("export", "adam", "-o", "folder", "--force"), "cannot write 'folder': "),
     (("export", "adam", "--terms", "bad.json"), "cannot read terms from 'bad.json'"),
+    (("export", "adam", "--terms", "lines.py"), "cannot read terms from 'lines.py': ValueError"),
+    (("export", "adam", "-o", "pipe", "--force"), "cannot write 'pipe': it is no regular file"),
     (("export", "nothing.json"), "this genome leaves every parameter as it is"),
 ]
 
@@ -110,6 +113,8 @@ def test_errors_are_one_line(run, tmp_path, arguments, message):
     (tmp_path / "bad.json").write_text("{")
     (tmp_path / "wrong.json").write_text(json.dumps(zoo.adam.to_dict() | {"beta1": 2}))
     Genome(["GRAD"], [0.0], wd_log10=-float("inf")).save("nothing.json")
+    (tmp_path / "lines.py").write_text("raise ValueError('a\\nb')")
+    os.mkfifo("pipe")
     (tmp_path / "there.py").write_text("mine")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "kept").touch()
@@ -186,10 +191,28 @@ def test_help_has_an_example_of_each_command(capsys):
         assert f"  python -m evokernels {command} " in text
 
 
-def test_whoever_reads_may_stop_early():
-    line = f"{sys.executable} -m evokernels inspect adam --backend all | head -1"
-    command = ["bash", "-o", "pipefail", "-c", line]
+def shell(line, **variables):
+    """Exit code, standard output and standard error of a line of bash, in which $PYTHON is one."""
     paths = os.pathsep.join(filter(None, sys.path))
-    environment = {**os.environ, "PYTHONPATH": paths}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stderr) == (0, "")
+    environment = {**os.environ, "PYTHONPATH": paths, "PYTHON": sys.executable, **variables}
+    command = ["bash", "-o", "pipefail", "-c", line]
+    result = subprocess.run(command, env=environment, capture_output=True, check=False)
+    return result.returncode, result.stdout.decode(), result.stderr.decode()
+
+
+def test_whoever_reads_may_stop_early():
+    code, _, errors = shell("$PYTHON -m evokernels inspect adam --backend all | head -1")
+    assert (code, errors) == (0, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_standard_output_that_takes_nothing():
+    code, _, errors = shell("$PYTHON -m evokernels export adam > /dev/full")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert errors.startswith("error: cannot write to standard output: No space left")
+
+
+def test_a_file_of_python_is_utf_8_whatever_the_terminal_has():
+    code, text, errors = shell("$PYTHON -m evokernels export adam", PYTHONIOENCODING="ascii")
+    assert (code, errors) == (0, "")
+    assert "m ← " in text

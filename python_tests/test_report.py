@@ -16,11 +16,13 @@ from synthetic import SyntheticTraining, killed_after
 
 from evokernels import zoo
 from evokernels.compiler.describe import formula
+from evokernels.errors import JournalError, ReportWarning
 from evokernels.evolution import html_report_parts, html_report_run, journal, pool
 from evokernels.evolution.coevolution_settings import CoevolutionSettings
 from evokernels.evolution.coevolving import coevolve
 from evokernels.evolution.comparison import Estimate
 from evokernels.evolution.contest import Contest, compare
+from evokernels.evolution.files import write_atomically
 from evokernels.evolution.fitness import genome_score
 from evokernels.evolution.history import Result, Spread, summarise
 from evokernels.evolution.html_report import REPORT, Page, write
@@ -194,6 +196,7 @@ def test_the_winner_and_its_luck_are_told(run):
     assert f"overestimated it by {bias:.4f} ±" in luck
     assert str(result.winner.test) in luck
     assert "seeds 2 3 4" in luck
+    assert f"the best of {SETTINGS.finalists} finalists on seeds 5 6 7" in luck
 
 
 def test_the_page_needs_nothing_from_elsewhere(run):
@@ -291,7 +294,7 @@ def test_fifty_generations_of_fifty_genomes_make_a_small_report_quickly(tmp_path
         html_report_run.family_section(lineage, state.best.genome),
         html_report_parts.terms(numbers, asked),
     ]
-    write(tmp_path, Page("fifty", "", [], sections))
+    write(tmp_path, lambda: Page("fifty", "", [], sections))
     assert time.process_time() - started < 10
     assert page_of(tmp_path).count("<circle") > 200
     assert 100_000 < (tmp_path / REPORT).stat().st_size < 1_000_000
@@ -481,6 +484,51 @@ def test_a_rude_name_of_a_term_is_escaped(training, tmp_path, monkeypatch):
     assert "<script" not in page
     (table,) = tables(section(page, "terms"))
     assert table[1][0] == "<script>alert('x')</script> & more"
+
+
+# What goes wrong
+
+
+def no_font(*args, **kwargs):
+    raise RuntimeError("no font")
+
+
+def no_space(path, content):
+    if path.name == REPORT:
+        raise JournalError(f"cannot write {path}: No space left on device")
+    write_atomically(path, content)
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong", "reason"),
+    [
+        ("html_report_pictures.fitness", no_font, "RuntimeError: no font"),
+        ("html_report.write_atomically", no_space, "No space left on device"),
+    ],
+)
+def test_a_run_without_its_report_is_complete(
+    training, tmp_path, monkeypatch, place, wrong, reason
+):
+    settings = dataclasses.replace(SETTINGS, refine=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"evokernels.evolution.{place}", wrong)
+        with pytest.warns(ReportWarning, match=f"report.html could not be written .*{reason}"):
+            result = evolve(settings, tmp_path)
+    assert Genome.load(tmp_path / "best_genome.json") == result.best.genome
+    assert not (tmp_path / REPORT).exists()
+    evolve(settings, tmp_path)
+    assert (tmp_path / REPORT).exists()
+
+
+def test_names_that_are_no_text_do_not_keep_a_report_from_being_written(tmp_path):
+    write(tmp_path, lambda: Page("a file \udcff of bytes", "", [], []))
+    assert "a file ? of bytes" in page_of(tmp_path)
+
+
+def test_formulas_among_the_settings_are_apart():
+    own = {"own_terms": ("A = g + m", "B = sign(g)"), "tasks": ("a", "b")}
+    (table,) = html_report_parts.configuration(own).items
+    assert table.rows == [["own-terms", "A = g + m; B = sign(g)"], ["tasks", "a b"]]
 
 
 # The other reports

@@ -26,6 +26,10 @@ from evokernels.genome import Genome, OwnTerm
 __all__ = ["class_name", "render_torch"]
 
 
+# Names that the file has for something else, and which a class could have.
+_TAKEN = ("Any", "Callable", "Iterable", "MOMENTS", "Tensor", "ValueError")
+
+
 class _Option(NamedTuple):
     """An argument of the optimizer; its default is text, None where it must be given."""
 
@@ -39,8 +43,7 @@ def class_name(text: str) -> str:
     """A name for the class, from that of a file or genome: ``my_optimizer`` → ``MyOptimizer``."""
     words = re.findall(r"[A-Za-z0-9]+", text)
     name = "".join(word[0].upper() + word[1:] for word in words)
-    imported = ("Any", "Callable", "Iterable", "Tensor")
-    if not name or name[0].isdigit() or keyword.iskeyword(name) or name in imported:
+    if not name or name[0].isdigit() or keyword.iskeyword(name) or name in _TAKEN:
         name = f"Optimizer{name}"
     return name
 

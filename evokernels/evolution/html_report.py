@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 from evokernels.compiler.describe import formula
+from evokernels.errors import ReportWarning
 from evokernels.evolution.files import write_atomically
 from evokernels.evolution.html_report_family import Family
 from evokernels.evolution.html_report_formula import mathml
@@ -146,9 +148,28 @@ class Page:
     sections: Sequence[Section]
 
 
-def write(folder: pathlib.Path, page: Page) -> None:
-    """Write ``report.html``; raises JournalError if it cannot."""
-    write_atomically(folder / REPORT, _template().render(page=page).encode())
+def write(folder: pathlib.Path, make: Callable[[], Page]) -> None:
+    """Write ``report.html``.
+
+    Args:
+        folder: of a complete run, whose other files are written.
+        make: makes the page.
+
+    Warns:
+        ReportWarning: it cannot be made or written. What was computed is not lost for a picture,
+            so the run ends as one that has its report.
+    """
+    try:
+        text = _template().render(page=make())
+        # names of files need not be text
+        write_atomically(folder / REPORT, text.encode(errors="replace"))
+    except Exception as error:
+        warnings.warn(
+            f"{folder / REPORT} could not be written ({type(error).__name__}: {error}); all else "
+            "is there, and the same command tries again",
+            ReportWarning,
+            stacklevel=2,
+        )
 
 
 @functools.cache

@@ -46,8 +46,8 @@ def write_coevolution_report(
     result: CoevolutionResult,
     journal: Journal,
 ) -> None:
-    """Write ``report.html``; raises JournalError if it cannot."""
-    write(folder, coevolution_page(settings, result, journal))
+    """Write ``report.html``, or warn that it cannot be."""
+    write(folder, lambda: coevolution_page(settings, result, journal))
 
 
 def coevolution_page(

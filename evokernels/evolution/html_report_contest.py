@@ -21,8 +21,8 @@ __all__ = ["contest_page", "write_contest_report"]
 def write_contest_report(
     folder: pathlib.Path, contest: Contest, result: ContestResult, journal: Journal
 ) -> None:
-    """Write ``report.html``; raises JournalError if it cannot."""
-    write(folder, contest_page(contest, result, journal))
+    """Write ``report.html``, or warn that it cannot be."""
+    write(folder, lambda: contest_page(contest, result, journal))
 
 
 def contest_page(contest: Contest, result: ContestResult, journal: Journal) -> Page:

@@ -63,7 +63,7 @@ def _rows(line: str) -> Iterable[str]:
     remarks = remark.split(", ") if comma else []
     return [
         _row(target, found.strip(), parsed),
-        *(_row("", "", f"<mtext>{escape(text)}</mtext>") for text in remarks),
+        *map(_text_row, remarks),
     ]
 
 
@@ -93,7 +93,8 @@ def _row(left: str, sign: str, right: str) -> str:
 
 
 def _text_row(line: str) -> str:
-    return _row("", "", f"<mtext>{escape(line)}</mtext>")
+    """Over all columns, as it does not wrap."""
+    return f'<mtr><mtd columnspan="3"><mtext>{escape(line)}</mtext></mtd></mtr>'
 
 
 def _bracketed(inner: str) -> str:

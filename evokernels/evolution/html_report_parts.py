@@ -89,8 +89,8 @@ def terms(numbers: Sequence[int], generations: Sequence[Sequence[Genome]]) -> Se
         [
             Text(
                 "The share of the genomes of each generation that have a term, counted once a "
-                "genome whatever its weight: the darker, the more. To the right the share in the "
-                "first and in the last generation."
+                "genome whatever its weight: the fuller the colour, the more. To the "
+                "right the share in the first and in the last generation."
             ),
             Picture("Share of genomes with each term", pictures.heat("terms", numbers, ordered)),
             Table(
@@ -174,6 +174,13 @@ def luck(settings: TrainingSettings, winner: Winner) -> Section:
     """How far selection has overestimated the winner."""
     seeds = " ".join(map(str, settings.fresh_seeds))
     split = settings.selection_split
+    final = (
+        f" It is the best of {settings.finalists} finalists on seeds "
+        f"{' '.join(map(str, settings.final_seeds))}; the fitness that another one had in the "
+        "search may be higher."
+        if settings.finalists > 1
+        else ""
+    )
     rows = [
         (f"in the search, {split} split", Estimate(winner.selected, float("nan")), "other"),
         (f"fresh seeds, {split} split", winner.fresh, "best"),
@@ -186,7 +193,7 @@ def luck(settings: TrainingSettings, winner: Winner) -> Section:
             Text(
                 "The best of many noisy scores is better on paper than in truth. On seeds "
                 f"{seeds}, which the selection has not seen, the winner's fitness on the same "
-                f"split is {winner.fresh}: selection has overestimated it by {winner.bias}."
+                f"split is {winner.fresh}: selection has overestimated it by {winner.bias}.{final}"
             ),
             Picture(
                 "Fitness of the winner (± standard error over seeds)", pictures.dots("luck", rows)
@@ -233,7 +240,8 @@ def configuration(settings: Mapping[str, Any]) -> Section:
 
 def _setting(value: object) -> str:
     if isinstance(value, (tuple, list)):
-        return " ".join(map(str, value)) or "none"
+        texts = list(map(str, value))
+        return ("; " if any(" " in text for text in texts) else " ").join(texts) or "none"
     if value is None:
         return "all"
     return value if isinstance(value, str) else json.dumps(value)

@@ -164,7 +164,7 @@ def bars(name: str, rows: Sequence[tuple[str, float, str]]) -> str:
 
 
 def heat(name: str, numbers: Sequence[int], rows: Mapping[str, Sequence[float]]) -> str:
-    """Shares over the generations: a row each, its name above it, the darker the more.
+    """Shares over the generations: a row each, its name above it, the fuller the colour the more.
 
     Args:
         rows: for each name, a share of 0 to 1 in each generation.

@@ -57,8 +57,8 @@ def write_run_report(
     lineage: Lineage,
     journal: Journal,
 ) -> None:
-    """Write ``report.html``; raises JournalError if it cannot."""
-    write(folder, run_page(settings, result, lineage, journal))
+    """Write ``report.html``, or warn that it cannot be."""
+    write(folder, lambda: run_page(settings, result, lineage, journal))
 
 
 def run_page(settings: RunSettings, result: RunResult, lineage: Lineage, journal: Journal) -> Page:
