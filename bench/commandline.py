@@ -25,6 +25,7 @@ __all__ = [
     "add_precision",
     "add_run_options",
     "add_settings",
+    "add_terms",
     "exit_code",
     "generation_log",
     "markdown",
@@ -123,12 +124,7 @@ def add_run_options(parser: argparse.ArgumentParser, prefix: str = "") -> None:
     Args:
         prefix: of the run folder's name, where none is given.
     """
-    parser.add_argument(
-        "--terms",
-        type=pathlib.Path,
-        metavar="FILE",
-        help="Python file that registers terms of your own, which the search then uses",
-    )
+    add_terms(parser, "which the search then uses")
     add_precision(parser)
     parser.set_defaults(prefix=prefix, own_terms=None)
     parser.add_argument(
@@ -140,6 +136,16 @@ def add_run_options(parser: argparse.ArgumentParser, prefix: str = "") -> None:
         help=f"log every generation for TensorBoard into {LOGS} in the run folder",
     )
     add_machine_options(parser)
+
+
+def add_terms(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """``--terms``, a file for `evokernels.terms.load`."""
+    parser.add_argument(
+        "--terms",
+        type=pathlib.Path,
+        metavar="FILE",
+        help=f"Python file that registers terms of your own, {purpose}",
+    )
 
 
 def with_folder(options: argparse.Namespace) -> argparse.Namespace:

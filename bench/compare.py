@@ -20,13 +20,14 @@ from commandline import (
     Bar,
     add_machine_options,
     add_precision,
+    add_terms,
     positive,
     resolved_precision,
     run_exit_code,
     training_workers,
 )
 
-from evokernels import zoo
+from evokernels import terms, zoo
 from evokernels.errors import GenomeError
 from evokernels.evolution import report
 from evokernels.evolution.baselines import BASELINES, Baseline
@@ -95,6 +96,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="further training samples, that no run trains with and --tune chooses by "
         f"({VALIDATION_SAMPLES} with --tune)",
     )
+    add_terms(parser, "which genomes have")
     add_precision(parser)
     parser.add_argument(
         "--device",
@@ -115,6 +117,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Run or resume, print the result."""
+    if options.terms is not None:
+        terms.load(options.terms)
     names = list(dict.fromkeys(name for given in options.optimizers for name in expanded(given)))
     conditions = Conditions(
         options.steps,
