@@ -64,8 +64,8 @@ using ForVectors =
                     InShared<typename Kind::Real>,
                     InRegisters<typename Kind::Real, Kind::Structure::SCALARS>>::Type;
 
-/* A number for each thread, neighbours in different warps: threads of one warp that compute
- * different things wait for each other. */
+/* A number for each thread (the others in further rounds), neighbours in different warps: threads
+ * of one warp that compute different things wait for each other. */
 EVK_INLINE int number_of(int thread) {
     return thread % EVK_WARP * (EVK_THREADS / EVK_WARP) + thread / EVK_WARP;
 }
@@ -93,21 +93,25 @@ EVK_INLINE void compute_numbers(const Words &words, const Tensor &tensor, double
     }
     EVK_BARRIER();
     EVK_EACH_THREAD(thread) {
-        const int i = number_of(thread);
-        EVK_WITH_KIND(tensor.kind, if (i < Kind::Structure::PRODUCTS) numbers.products[i] =
-                                       Kind::Structure::product(i, group, numbers.step);)
+        for (int first = 0; first < EVK_PRODUCTS; first += EVK_THREADS) {
+            const int i = first + number_of(thread);
+            EVK_WITH_KIND(tensor.kind, if (i < Kind::Structure::PRODUCTS) numbers.products[i] =
+                                           Kind::Structure::product(i, group, numbers.step);)
+        }
     }
     EVK_BARRIER();
     const double *weights = global<const double>(words.header.weights) + tensor.weights;
     EVK_EACH_THREAD(thread) {
-        const int i = number_of(thread);
-        EVK_WITH_KIND(tensor.kind, if (i < Kind::Structure::SCALARS) numbers.wide[i] =
-                                       Kind::Structure::scalar(i, weights, numbers.products);)
+        for (int first = 0; first < EVK_SCALARS; first += EVK_THREADS) {
+            const int i = first + number_of(thread);
+            EVK_WITH_KIND(tensor.kind, if (i < Kind::Structure::SCALARS) numbers.wide[i] =
+                                           Kind::Structure::scalar(i, weights, numbers.products);)
+            if (i < EVK_SCALARS) numbers.narrow[i] = static_cast<float>(numbers.wide[i]);
+        }
         if (thread == 0) {
             numbers.group = tensor.group;
             numbers.t = t;
         }
-        if (i < EVK_SCALARS) numbers.narrow[i] = static_cast<float>(numbers.wide[i]);
     }
     EVK_BARRIER();
 }

@@ -49,6 +49,7 @@ FORMULAS = {
     "log1p": sign(g) * log1p(abs(g)) + log1p(progress) * m,
     "tanh": tanh(3 * g) + tanh(progress) * p,
     "where": where(g > m_before, g, 0.5 * m) + where(progress > 0.3, 0.5, 2) * g,
+    "parameters": tanh(p) * g + average(p * abs(p), 0.9) + p * p,
     "limits": clip(g, -0.5, progress) + maximum(m, -0.25),
 }
 

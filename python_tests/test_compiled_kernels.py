@@ -5,12 +5,13 @@ differs between architectures is the assembler, not what is rendered: for sm_80 
 all dtypes, for sm_90 all rules in float32. `bench/gpu_code.py` compiles everything for all three.
 """
 
+import itertools
 import math
 import re
 import struct
 
 import pytest
-from gpu_code import COMPILERS, Case, all_kinds, compiled, kinds_of, structures, tensor_bytes
+from gpu_code import COMPILERS, Case, all_kinds, compiled, structures, tensor_bytes
 from machine_code import occupancy
 from own_rules import AVERAGED, FORMULAS, WIDE, rule_of
 
@@ -42,31 +43,43 @@ def blocks_wanted(backend, architecture, states):
     return 1 if states > 4 else 2 if states > 2 or architecture >= 80 else 3
 
 
+# Whose code others have too, and more.
+PARTS_OF_OTHERS = {"one average", "SIGN_MOMENTUM", "CAUTIOUS_MOMENTUM", "TANH_GRAD"}
+
+
 def own_structures():
     """Of rules that no cover serves, by what is special about them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("evokernels.genome._own_terms", {})
         rules = {**FORMULAS, **{term.name: term for term in WIDE}}
         rules["six states"] = AVERAGED["four averages"] + terms.v
-        return {name: structure_of(lower(rule_of(rule))) for name, rule in rules.items()}
-
-
-def is_plain(kind):
-    return kind.parameter == kind.state == "float32"
+        kept = rules.keys() - PARTS_OF_OTHERS
+        return {name: structure_of(lower(rule_of(rules[name]))) for name in rules if name in kept}
 
 
 OWN = own_structures()
-ALL_DTYPES = {("two averages", "cuda"), ("six states", "cuda"), ("six states", "triton")}
-# All dtypes where states are many; what else a rule computes is the same on all architectures.
-OWN_CASES = [
-    (name, Case(backend, architecture, kind))
-    for backend in COMPILERS
-    for name, structure in OWN.items()
-    for kind in kinds_of(structure)
-    for architecture in (75, 80, 90)
-    if (is_plain(kind) and (architecture == 75 or name == "six states"))
-    or (architecture == 75 and (name, backend) in ALL_DTYPES)
+ALL_FLOAT32 = ("float32", "float32", False)
+# Those that take most registers, where states are many; how tensors of other pairs are accessed,
+# the cases above show.
+FORMATS_OF_MANY_STATES = [
+    ALL_FLOAT32,
+    ("float32", "bfloat16", True),
+    ("float64", "float32", False),
+    ("float64", "bfloat16", True),
 ]
+
+
+def own_cases():
+    """What differs between architectures is the assembler: the most states on the newest, too."""
+    for backend, (name, structure) in itertools.product(COMPILERS, OWN.items()):
+        many = name == "six states" or (name, backend) == ("two averages", "cuda")
+        for formats in FORMATS_OF_MANY_STATES if many else [ALL_FLOAT32]:
+            yield name, Case(backend, 75, Kind(structure, *formats))
+        if name == "six states":
+            yield name, Case(backend, 90, Kind(structure, *ALL_FLOAT32))
+
+
+OWN_CASES = list(own_cases())
 
 
 def where_there_is(backend):

@@ -16,6 +16,7 @@ from evokernels.compiler.structure import structure_of
 from evokernels.errors import BackendError
 from evokernels.kernels import cache, nvrtc
 from evokernels.kernels.cuda_source import cuda_source
+from evokernels.terms import exp, g, m, progress
 
 pytestmark = pytest.mark.skipif(nvrtc.why_not() is not None, reason=str(nvrtc.why_not()))
 
@@ -25,6 +26,15 @@ def test_parameters_are_as_large_as_words_say(words):
     compiled = nvrtc.compiled(cuda_source([next(all_kinds())], words), 75)
     for entry in ("evk_update", "evk_squares"):
         assert f"{entry}_param_0[{8 * words}]" in compiled.ptx
+
+
+def test_numbers_without_a_literal(monkeypatch):
+    monkeypatch.setattr("evokernels.genome._own_terms", {})
+    huge = 1e200 * progress * 1e200
+    rule = lower(rule_of(exp(-huge) * g + exp(huge) * abs(g) + exp(huge - 2 * huge) * m))
+    kind = Kind(structure_of(rule), "float32", "float32", False)
+    ptx = nvrtc.compiled(cuda_source([kind], 64), 75).ptx
+    assert all(f"0d{bits}" in ptx for bits in ("7FF0000000000000", "FFF0000000000000"))
 
 
 def test_an_error_carries_what_the_compiler_says():
@@ -65,6 +75,7 @@ from evokernels.compiler.lower import lower
 from evokernels.compiler.structure import structure_of
 from evokernels.kernels import nvrtc
 from evokernels.kernels.cuda_source import cuda_source
+from evokernels.terms import exp, g, m, progress
 from evokernels.compiler.spelling import Kind
 from evokernels.zoo import adam
 if sys.argv[1] == "reads":

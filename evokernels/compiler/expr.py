@@ -246,7 +246,7 @@ def _on_a_float(meaning: Callable) -> Callable[..., float]:
 ON_ARRAYS = {name: op.meaning for name, op in OPS.items()}
 _ON_FLOATS = {
     **ON_ARRAYS,
-    **{name: _on_a_float(OPS[name].meaning) for name in ("exp", "log1p", "tanh", "where")},
+    **{name: _on_a_float(OPS[name].meaning) for name in ("sign", "exp", "log1p", "tanh", "where")},
     "sqrt": lambda x: math.sqrt(x) if x >= 0 else math.nan,
     "expm1": math.expm1,
     "cospi": lambda x: math.cos(math.pi * x),
@@ -276,7 +276,9 @@ def compiled(
     # others may come along: callers pass all they have
     by_keyword = ["*", *sorted(symbol.name for symbol in others)] if others else []
     names = [*(symbol.name for symbol in parameters), *by_keyword, "**_"]
-    namespace: dict[str, Any] = {**meanings, "divide": _DIVIDED_BY_ZERO}
+    # numbers that are not finite come out of finite ones that are multiplied while compiling
+    not_finite = {"inf": math.inf, "nan": math.nan}
+    namespace: dict[str, Any] = {**meanings, **not_finite, "divide": _DIVIDED_BY_ZERO}
 
     def body(meanings: Mapping[str, Callable | str]) -> str:
         text = "".join(f"        {line.target} = {_python(line, meanings)}\n" for line in lines)
@@ -305,7 +307,8 @@ def assignments(exprs: Sequence[Expr]) -> tuple[list[Line], list[str]]:
 
     Returns:
         The lines, whose targets are ``s0``, ``s1``, … and whose operands are those, names of
-        symbols and numbers; and the operand that stands for each expression.
+        symbols and numbers, which may be "inf", "-inf" and "nan"; and the operand that stands for
+        each expression.
     """
     targets: dict[tuple[str, ...], str] = {}
 

@@ -42,6 +42,9 @@ _FORMATS = {
     "float16": "Float16",
 }
 
+# Literals of C are finite.
+_NOT_FINITE = {"inf": "(1 / 0.0)", "-inf": "(-1 / 0.0)", "nan": "(0 / 0.0)"}
+
 # What a step has besides the hyperparameters of a group, or in their place.
 _STEP = tuple(symbol.name for symbol in (schedule.t, terms.base_lr, *terms.STEP_INPUTS))
 
@@ -138,7 +141,7 @@ def _operand(name: str) -> str:
     """A target of an earlier line or a number as it is, a symbol in its record."""
     if name in _STEP:
         return f"step.{name}"
-    return f"group.{name}" if name in GROUP else name
+    return f"group.{name}" if name in GROUP else _NOT_FINITE.get(name, name)
 
 
 def _choice(cases: Iterable[Sequence[str]]) -> str:

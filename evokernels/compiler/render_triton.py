@@ -214,6 +214,8 @@ def _assignment(line: Line) -> str:
 
 def _operand(text: str) -> str:
     """A name, or a number in float64."""
+    if text in ("inf", "-inf", "nan"):
+        return f'constant(float("{text}"))'
     return text if text.isidentifier() else f"constant({text})"
 
 
