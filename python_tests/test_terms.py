@@ -509,6 +509,8 @@ def test_terms_from_a_file(tmp_path):
         ("x = 1", "registers no term"),
         ("1 / 0", "cannot read terms from .*ZeroDivisionError"),
         ("def", "cannot read terms from .*SyntaxError"),
+        ("raise SystemExit(3)", "cannot read terms from .*SystemExit: 3"),
+        ("raise ValueError('two\\nlines')", "ValueError: two lines"),
         ("from evokernels.terms import *\nregister('SQUASHED', m)", "SQUASHED is"),
     ):
         path.write_text(text)
