@@ -24,23 +24,57 @@ from oracle import (
     DTYPES,
     allowed_distance,
     assert_near,
+    eager_formulas,
     eager_step,
     exact_step,
+    exact_update,
     precise,
     random_genome,
 )
 
-from evokernels import FusedEvolvedOptimizer
+from evokernels import FusedEvolvedOptimizer, Genome
+from evokernels.compiler.expr import Average, averages_of
+from evokernels.compiler.linear import linear
+from evokernels.compiler.lower import MOMENT_NAMES, kept_average, lower
+from evokernels.compiler.terms import formula_of
+from evokernels.genome import CATALOGUES, Term, add_own_term
 from evokernels.kernels.plan import ARITHMETIC, Rounding
 from evokernels.kernels.rounding import random_bits, round_to_bfloat16_stochastically
+from evokernels.terms import (
+    average,
+    beta1,
+    clip,
+    eps,
+    exp,
+    g,
+    log1p,
+    m,
+    m_before,
+    p,
+    progress,
+    sqrt,
+    tanh,
+    v,
+    v_hat,
+    where,
+)
 
 __all__ = ["check_case", "first_failure"]
 
 GUARD = 7.0  # what surrounds tensors in memory
-OPERANDS = {"p": "p", "exp_avg": "m", "exp_avg_sq": "v"}  # of the state, in a program
+MOMENTS = {name: operand for operand, name in MOMENT_NAMES.items()}
 TOTAL_STEPS = 4  # of which a case takes up to all
 BULK = 1000  # elements of the largest tensor of a rule, at least
 BATCH = 50  # cases that a worker is given at once
+
+# Rules of these and of the wide catalogue have as many structures: compiling takes its time.
+STRUCTURES = 12
+OWN = {
+    "FUZZ_SLOW": progress * average(g, 0.99) + p / 8,
+    "FUZZ_SQUARES": average(g, 0.5) / (sqrt(average(g * g, beta1)) + eps),
+    "FUZZ_MOMENTS": tanh(average(m_before + g, 0.99)) * exp(-abs(g)) + log1p(v_hat),
+    "FUZZ_CHOICE": where(g > m_before, clip(m, -0.5, progress), g * exp(-progress)) + tanh(v) * p,
+}
 
 
 def main() -> int:
@@ -160,7 +194,9 @@ class Rule:
         """Draw all of it; `position` is that of the first parameter in the optimizer."""
         self._random = r
         self._values = torch.Generator().manual_seed(r.getrandbits(62))
-        self.genome = random_genome(r.getrandbits(62))
+        seed = r.getrandbits(62)
+        # three of four are classic ones, and what they are
+        self.genome = wide_genome(seed) if seed % 4 == 0 else random_genome(seed)
         self.dtype = r.choice(DTYPES)
         # float16 has no smaller ones to speak of; a quotient by zero would leave its range
         smallest = -3 if self.dtype == torch.float16 else -8
@@ -176,7 +212,11 @@ class Rule:
         self._steps = 0
         p = flat(self.parameters)
         moment = torch.zeros_like(p, dtype=options["state_dtype"] or ARITHMETIC[p.dtype])
-        self._state = {"p": p, "exp_avg": moment, "exp_avg_sq": moment}
+        self._averages = averages_by_name(self.genome)
+        kept = [*MOMENTS, *dict.fromkeys(self._averages.values())]
+        self._state = {"p": p, **dict.fromkeys(kept, moment)}
+        named = {name: operand for operand, name in lower(self.genome).state_names.items()}
+        self._operands = {"p": "p", **MOMENTS, **named}
         self._roundings = [
             Rounding(options["seed"], i)
             for i in range(position, position + len(self.parameters))
@@ -247,20 +287,49 @@ class Rule:
             return
         self._steps += 1
         arithmetic, t = ARITHMETIC[self.dtype], self._steps
-        p, m, v = map(precise, before.values())
-        exact = exact_step(self.genome, p, precise(self._gradient) * factor, m, v, t, TOTAL_STEPS)
-        p, m, v = (x.to(arithmetic) for x in before.values())
-        g = self._gradient.to(arithmetic) * factor
-        eager = eager_step(self.genome, p, g, m, v, t, TOTAL_STEPS)
-        for name, right, yardstick in zip(before, exact, eager, strict=True):
+        exact = self._exact({name: precise(x) for name, x in before.items()}, factor, t)
+        eager = self._eager({name: x.to(arithmetic) for name, x in before.items()}, factor, t)
+        for name in before:
             if name in stored:
+                right, yardstick = exact[name], eager[name]
                 actual, what = stored[name], f"{name} of {self}"
                 assert actual.dtype == before[name].dtype, f"{actual.dtype} {what}"
                 if self._roundings and actual.dtype == torch.bfloat16:
                     distance = allowed_distance(right, yardstick, arithmetic)
-                    self._check_drawn(actual, right, distance, OPERANDS[name], what)
+                    self._check_drawn(actual, right, distance, self._operands[name], what)
                 else:
                     assert_near(actual, right, yardstick.to(actual.dtype), actual.dtype, what)
+
+    def _exact(
+        self, before: Mapping[str, np.ndarray], factor: float, t: int
+    ) -> Mapping[str, np.ndarray]:
+        """The state after step `t`, by the definition."""
+        g = precise(self._gradient) * factor
+        if not is_wide(self.genome):
+            new = exact_step(self.genome, before["p"], g, *self._moments(before), t, TOTAL_STEPS)
+            return dict(zip(before, new, strict=True))
+        return self._by_name(exact_update(self.genome, self._inputs(before, g), t, TOTAL_STEPS))
+
+    def _eager(
+        self, before: Mapping[str, torch.Tensor], factor: float, t: int
+    ) -> Mapping[str, torch.Tensor]:
+        """The same in single torch calls, not yet rounded to what is stored."""
+        g = self._gradient.to(before["p"].dtype) * factor
+        if not is_wide(self.genome):
+            new = eager_step(self.genome, before["p"], g, *self._moments(before), t, TOTAL_STEPS)
+            return dict(zip(before, new, strict=True))
+        return self._by_name(eager_formulas(self.genome, self._inputs(before, g), t, TOTAL_STEPS))
+
+    def _moments(self, state: Mapping[str, Any]) -> list[Any]:
+        return [state[name] for name in MOMENTS]
+
+    def _inputs(self, state: Mapping[str, Any], g: Any) -> dict[str | Average, Any]:
+        moments = {operand: state[name] for name, operand in MOMENTS.items()}
+        averages = {each: state[name] for each, name in self._averages.items()}
+        return {"p": state["p"], "g": g, **moments, **averages}
+
+    def _by_name(self, new: Mapping[str | Average, Any]) -> dict[str, Any]:
+        return {self._averages.get(key) or MOMENT_NAMES.get(key, key): x for key, x in new.items()}
 
     def _check_drawn(
         self, actual: torch.Tensor, exact: np.ndarray, distance: np.ndarray, name: str, what: str
@@ -282,18 +351,60 @@ class Rule:
         assert ((lowest <= actual) & (actual <= highest)).all(), f"rounding of {what}"
 
     def _stored(self, optimizer: FusedEvolvedOptimizer) -> dict[str, torch.Tensor]:
-        """Parameters and the moments that there are, in the order of a step's results."""
+        """Parameters and the moments that there are, by name."""
         states = [optimizer.state.get(parameter, {}) for parameter in self.parameters]
         moments = {
-            name: flat(state[name] for state in states)
-            for name in ("exp_avg", "exp_avg_sq")
-            if name in states[0]
+            name: flat(state[name] for state in states) for name in self._state if name in states[0]
         }
         return {"p": flat(self.parameters), **moments}
 
     def __str__(self) -> str:
         layouts = ", ".join(f"{tuple(p.shape)} by {p.stride()}" for p in self.parameters)
         return f"{self.dtype}, {layouts}, {self.genome}"
+
+
+def wide_genome(seed: int) -> Genome:
+    """One of `STRUCTURES` of the wide catalogue's terms and `OWN`, with any numbers."""
+    r = random.Random(seed)
+    structure = random.Random(f"structure {r.randrange(STRUCTURES)}")
+    own = [add_own_term(name, formula) for name, formula in OWN.items()]
+    count = structure.randint(1, 4)
+    # RMS_ABS divides by a first moment that may cross zero: luck again, of a single rounding
+    wide = [term for term in CATALOGUES["wide"] if term.name != "RMS_ABS"]
+    # LION is the sign of a sum that may come to almost zero
+    wide[wide.index(Term.LION)] = Term.GRAD
+    chosen = [structure.choice((*own, *own, *wide)) for _ in range(count)]
+    # nor is a gradient clipped: of many elements with one value, one rounding decides
+    flags = ("use_v", "use_bias_correction")
+    return Genome(
+        [structure.choice((*own, *wide[len(CATALOGUES["classic"]) :])), *chosen],
+        # of one sign: where terms cancel, the luck of single roundings decides
+        [r.uniform(0.1, 2) for _ in range(count + 1)],
+        lr_log10=r.uniform(-5, -1),
+        # BELIEF divides by g - m, which is zero without a first moment
+        use_m=True,
+        beta1=r.uniform(0.1, 0.999),
+        beta2=r.choice([0.0, r.uniform(0.5, 0.9999)]),
+        eps_log10=r.uniform(-10, -4),
+        wd_log10=r.uniform(-6, -1) if structure.random() < 0.5 else -math.inf,
+        use_cosine_decay=r.random() < 0.3,
+        **{flag: structure.random() < 0.7 for flag in flags},
+    )
+
+
+def is_wide(genome: Genome) -> bool:
+    """Whether it has terms that the source system has not."""
+    return not set(genome.term_types) <= set(CATALOGUES["classic"])
+
+
+def averages_by_name(genome: Genome) -> dict[Average, str]:
+    """What the state of an optimizer calls each average of a genome's terms; one that is never
+    stored has its own text."""
+    found = {each for term in genome.term_types for each in averages_of(formula_of(term))}
+    return {
+        each: str(next(iter(linear(kept_average(genome, each))), each))
+        for each in sorted(found, key=str)
+    }
 
 
 class Placed:

@@ -51,6 +51,7 @@ from evokernels.compiler.expr import (
     tanh,
     where,
 )
+from evokernels.compiler.linear import linear, linear_expr
 from evokernels.compiler.program import AVERAGES
 from evokernels.compiler.terms import (
     CATALOGUE,
@@ -99,6 +100,8 @@ __all__ = [
 ]
 
 LEAVES = frozenset((g, m, v, p, m_hat, v_hat, m_before, eps, beta1, beta2, progress))
+
+_LARGEST = 1e100  # number of a formula, multiplied out
 
 _registered: dict[str, Term | OwnTerm] = {}
 
@@ -159,8 +162,8 @@ def load(path: str | os.PathLike[str]) -> None:
         runpy.run_path(os.fspath(path), run_name="evokernels_terms")
     except TermError:
         raise
-    except Exception as error:  # whatever a user's file does
-        reason = f"{type(error).__name__}: {error}"
+    except (Exception, SystemExit) as error:  # whatever a user's file does
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise TermError(f"cannot read terms from {os.fspath(path)!r}: {reason}") from error
     finally:
         found = dict(_registered)
@@ -228,6 +231,9 @@ def _checked(name: str, formula: Expr | float) -> Expr:
         raise TermError(f"{name} reads {', '.join(sorted(strange))}; a term may read {allowed}")
     if not all(map(math.isfinite, _numbers_of(formula))):
         raise TermError(f"{name} has a number that is not finite: {formula}")
+    # alphas, and numbers of other terms, are multiplied with these
+    if not all(abs(x) <= _LARGEST for x in _numbers_of(linear_expr(linear(formula)))):
+        raise TermError(f"{name} has numbers that come to more than {_LARGEST:g}: {formula}")
     return formula
 
 
@@ -249,7 +255,7 @@ def _check_averages(name: str, formula: Expr) -> None:
             f"{len(AVERAGES)} of all terms together, and {len(kept)} are taken: "
             f"{'; '.join(sorted(map(str, kept)))}"
         )
-    if {str(average) for average in own} & set(map(str, kept)):
+    if len(set(map(str, {*kept, *own}))) < len({*kept, *own}):
         raise TermError(f"{name} has an average that differs from another one in late digits only")
 
 

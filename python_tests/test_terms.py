@@ -112,6 +112,8 @@ BY_HAND = [
     (1 - g / 2 + -p, -0.75, -0.75),
     (g**3, -0.125, -0.125),
     (2.5, 2.5, 2.5),
+    # two negative factors under one root
+    (sqrt(tanh(progress - 0.8) * g), math.sqrt(math.tanh(-0.6) * -0.5), None),
     (exp(-progress) * g + g / (1 - progress), -0.5 * math.exp(-0.2) - 0.625, None),
 ]
 
@@ -223,6 +225,46 @@ def test_the_classic_catalogue_is_unharmed():
     )
 
 
+# Each pair has had one key: where a number stands told nobody of which part it was.
+UNLIKE = [
+    ((g + v_hat) * v, (g + v_hat) * v_hat, {"use_bias_correction": False}),
+    (where(g > 2 * g, g, 2 * g), where(2 * g > g, g, 2 * g), {}),
+    (m * (m + 2 * g), 2 * g * (m + 2 * g), {"use_m": False}),
+    (maximum(progress, 0.8) * g, 0.8 * g, {}),
+    (minimum(1000 * progress, 1) * g, g, {}),
+    (tanh(0.5 * g + m), tanh(g + 0.5 * m), {}),
+]
+ALIKE = [
+    (2 * g + m, m + g + g, {}),
+    (sign(g), CATALOGUE[Term.SIGN_GRAD], {}),
+    (tanh(g + 2 * m) * g, tanh(m + g + m) * g, {}),
+    (average(0.1 * g * 3, 0.9), average(0.3 * g, 0.9), {}),
+    (m_hat * tanh(m_hat), g * tanh(m), {"use_m": False}),
+]
+
+
+@pytest.mark.parametrize(("one", "other", "options"), [*UNLIKE, *ALIKE], ids=str)
+def test_equal_rules_have_equal_keys_and_others_have_not(one, other, options):
+    keys = set()
+    for own in (one, other):
+        genome._own_terms.clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TermWarning)
+            keys.add(canonical_key(Genome([register("X", own)], **options)))
+    assert len(keys) == (1 if (one, other, options) in ALIKE else 2)
+
+
+def test_averages_with_one_text_are_kept_apart():
+    rule = Genome([register("X", average(0.1 * g * 3, 0.9) + tanh(average(0.3 * g, 0.9)))])
+    names = [*lower(rule).state_names.values()]
+    assert names == ["average(0.3 * g, 0.9)", "average(0.3 * g, 0.9)'"]
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    optimizer = FusedEvolvedOptimizer([parameter], rule, backend="eager")
+    optimizer.step()
+    assert optimizer.state[parameter].keys() == {"step", *names}
+
+
 def lion(p, g, state, lr, t):
     """Chen et al. 2023, Algorithm 2."""
     before = state.setdefault("m", torch.zeros_like(p))
@@ -320,6 +362,9 @@ UNFIT = [
     ("X", "g", "made of what evokernels.terms has, got 'g'"),
     ("X", None, "made of what evokernels.terms has, got None"),
     ("X", average(math.inf * g, 0.5), "X has a number that is not finite"),
+    ("X", 1e200 * g * 1e200, "X has numbers that come to more than 1e"),
+    ("X", tanh(g / 1e-320), "X has numbers that come to more than 1e"),
+    ("X", average(g, 0.9) + average(g, 0.90000001), "differs from another one in late digits"),
     ("X", True, "made of what evokernels.terms has, got True"),
     ("X", CATALOGUE[Term.GRAD].__class__("h", True) * g, "X reads h; a term may read beta1, "),
 ]
@@ -464,6 +509,8 @@ def test_terms_from_a_file(tmp_path):
         ("x = 1", "registers no term"),
         ("1 / 0", "cannot read terms from .*ZeroDivisionError"),
         ("def", "cannot read terms from .*SyntaxError"),
+        ("raise SystemExit(3)", "cannot read terms from .*SystemExit: 3"),
+        ("raise ValueError('two\\nlines')", "ValueError: two lines"),
         ("from evokernels.terms import *\nregister('SQUASHED', m)", "SQUASHED is"),
     ):
         path.write_text(text)

@@ -136,8 +136,8 @@ def _root(item: tuple[Expr, Coefficient]) -> Linear:
     |x|, not the root of the square: a square of a small x underflows.
     """
     atom, coefficient = item
-    if len(coefficient) == 1 and (number := next(iter(coefficient.values()))) > 0:
-        (monomial,) = coefficient
+    ((monomial, number), *others) = coefficient.items()
+    if not others and number > 0 and all(map(_never_negative, monomial)):
         weight = {tuple(sqrt(factor) for factor in monomial): math.sqrt(number)}
     else:
         atom, weight = linear_expr({atom: coefficient}), {(): 1.0}
@@ -146,6 +146,14 @@ def _root(item: tuple[Expr, Coefficient]) -> Linear:
     if isinstance(atom, Call) and atom.op == "mul" and atom.args[0] == atom.args[1]:
         return {abs(atom.args[0]): weight}
     return {sqrt(atom): weight}
+
+
+def _never_negative(scalar: Expr) -> bool:
+    """Whether a factor may leave a root on its own: two negative ones are fine together alone."""
+    if isinstance(scalar, Call):
+        known = scalar.op == "div" and all(map(_never_negative, scalar.args))
+        return known or scalar.op in ("sqrt", "abs", "exp")
+    return isinstance(scalar, Symbol) or scalar.value >= 0
 
 
 def _rebuilt(call: Call, forms: list[Linear]) -> Call:

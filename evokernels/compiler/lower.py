@@ -41,6 +41,7 @@ __all__ = [
     "assemble",
     "kept_average",
     "lower",
+    "shape_of",
     "update_of",
     "weighted_terms",
 ]
@@ -71,8 +72,12 @@ class Rule:
     @property
     def state_names(self) -> dict[str, str]:
         """What the program's state is called where it outlives the program, by operand."""
-        averages = zip(AVERAGES, map(str, self.averages), strict=False)
-        named = {**MOMENT_NAMES, **dict(averages)}
+        named = dict(MOMENT_NAMES)
+        for operand, average in zip(AVERAGES, self.averages, strict=False):
+            name = str(average)
+            while name in named.values():
+                name += "'"  # texts leave out late digits
+            named[operand] = name
         return {operand: named[operand] for operand in self.program.state}
 
     @functools.cached_property
@@ -191,7 +196,9 @@ def _with_named_averages(update: Linear) -> tuple[Linear, dict[Symbol, Average]]
         return update, {}
     averages = {
         Symbol(operand, per_element=True): average
-        for operand, average in zip(AVERAGES, sorted(found, key=str), strict=False)
+        for operand, average in zip(
+            AVERAGES, sorted(found, key=lambda each: (str(each), repr(each))), strict=False
+        )
     }
     symbols = {average: symbol for symbol, average in averages.items()}
     return linear(substitute(linear_expr(update), symbols)), averages
@@ -255,7 +262,7 @@ class _Assembler:
 
     def quotient(self, denominator: Expr, group: Linear) -> str:
         """All atoms over one denominator."""
-        shape = f" / ({_shape(denominator)})"
+        shape = f" / ({shape_of(denominator)})"
         numerators = {atom.args[0]: coefficient for atom, coefficient in group.items()}
         dividend = self.weighted_sum(self.weights(numerators, shape), None, "weigh", "weigh_add")
         divisor = self.weighted_sum(self.weights(linear(denominator), f" in{shape}"))
@@ -264,7 +271,7 @@ class _Assembler:
     def weights(self, form: Linear, role: str) -> dict[Expr, str]:
         """A run-time number for each atom of a sum, named after the atom and `role`."""
         return {
-            atom: self.scalar(f"weight of {_shape(atom)}{role}", coefficient_expr(coefficient))
+            atom: self.scalar(f"weight of {shape_of(atom)}{role}", coefficient_expr(coefficient))
             for atom, coefficient in form.items()
         }
 
@@ -302,13 +309,13 @@ def _denominator(item: tuple[Expr, object]) -> Expr | None:
     return atom.args[1] if isinstance(atom, Call) and atom.op == "div" else None
 
 
-def _shape(expr: Expr) -> str:
+def shape_of(expr: Expr) -> str:
     """An expression with its numbers left out, as text."""
     form = linear(expr)
     bare = [
         atom
         if isinstance(atom, (Symbol, Constant))
-        else f"{atom.op}({', '.join(_shape(arg) for arg in atom.args)})"
+        else f"{atom.op}({', '.join(shape_of(arg) for arg in atom.args)})"
         for atom in form
     ]
     return " + ".join(str(atom) for atom in bare)
