@@ -33,7 +33,7 @@ from pypop7_runs import case, rosenbrock
 
 from evokernels.errors import BackendError
 from evokernels.evolution.files import make_folder, write_atomically
-from evokernels.evolution.html_report_machine import processor
+from evokernels.evolution.machine import processor
 from evokernels.search import ENES
 
 PYPOP7, BATCHED, SINGLE = "pypop7", "ours, batched", "ours, one by one"

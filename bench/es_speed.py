@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from evokernels.es import EvolutionStrategy, PopulationForward
-from evokernels.evolution.html_report_machine import processor
+from evokernels.evolution.machine import processor
 
 __all__ = [
     "BATCHED",

@@ -38,7 +38,7 @@ from step_profile import UPDATE, milliseconds_a_step
 from evokernels import Genome, zoo
 from evokernels.evolution.evaluator import evaluate
 from evokernels.evolution.files import make_folder, write_atomically
-from evokernels.evolution.html_report_machine import processor
+from evokernels.evolution.machine import processor
 from evokernels.evolution.pool import open_pool
 from evokernels.evolution.trial import Conditions, Trial
 from evokernels.tasks import ImageData, get_task

@@ -47,7 +47,7 @@ from oracle import exact_step, precise
 from timing import NEW, SAME, WALL, Measured, measure
 
 from evokernels import FusedEvolvedOptimizer, Genome, Term, zoo
-from evokernels.evolution.html_report_machine import processor
+from evokernels.evolution.machine import processor
 from evokernels.genome import CATALOGUES
 from evokernels.tasks import CifarCNN, SmallCNN
 

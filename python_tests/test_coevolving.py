@@ -29,7 +29,7 @@ from evokernels.evolution.coevolution_history import (
 from evokernels.evolution.coevolution_report import FILES
 from evokernels.evolution.coevolution_settings import CoevolutionSettings
 from evokernels.evolution.coevolving import coevolve
-from evokernels.evolution.html_report import REPORT
+from evokernels.evolution.html_report.page import REPORT
 from evokernels.evolution.journal import JOURNAL
 from evokernels.evolution.pairs import Measured, Pair, worth
 from evokernels.evolution.trial import Conditions, Outcome, Purpose

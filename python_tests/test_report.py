@@ -17,7 +17,7 @@ from synthetic import SyntheticTraining, killed_after
 from evokernels import zoo
 from evokernels.compiler.describe import formula
 from evokernels.errors import JournalError, ReportWarning
-from evokernels.evolution import html_report_parts, html_report_run, journal, pool
+from evokernels.evolution import journal, pool
 from evokernels.evolution.coevolution_settings import CoevolutionSettings
 from evokernels.evolution.coevolving import coevolve
 from evokernels.evolution.comparison import Estimate
@@ -25,10 +25,12 @@ from evokernels.evolution.contest import Contest, compare
 from evokernels.evolution.files import write_atomically
 from evokernels.evolution.fitness import genome_score
 from evokernels.evolution.history import Result, Spread, summarise
-from evokernels.evolution.html_report import REPORT, Page, write
-from evokernels.evolution.html_report_family import family
-from evokernels.evolution.html_report_formula import mathml
-from evokernels.evolution.html_report_pictures import dots, heat
+from evokernels.evolution.html_report import parts as report_parts
+from evokernels.evolution.html_report import run as report_run
+from evokernels.evolution.html_report.family import family
+from evokernels.evolution.html_report.formula import mathml
+from evokernels.evolution.html_report.page import REPORT, Page, write
+from evokernels.evolution.html_report.pictures import dots, heat
 from evokernels.evolution.journal import JOURNAL, Entry
 from evokernels.evolution.lineage import Descent, Lineage, ancestors, better_line
 from evokernels.evolution.refining import Improvement
@@ -290,9 +292,9 @@ def test_fifty_generations_of_fifty_genomes_make_a_small_report_quickly(tmp_path
     numbers = range(1, 51)
     started = time.process_time()
     sections = [
-        *html_report_run.fitness_sections(numbers, SETTINGS, history),
-        html_report_run.family_section(lineage, state.best.genome),
-        html_report_parts.terms(numbers, asked),
+        *report_run.fitness_sections(numbers, SETTINGS, history),
+        report_run.family_section(lineage, state.best.genome),
+        report_parts.terms(numbers, asked),
     ]
     write(tmp_path, lambda: Page("fifty", "", [], sections))
     assert time.process_time() - started < 10
@@ -476,7 +478,7 @@ def test_names_of_any_kind_stay_text():
 
 def test_a_rude_name_of_a_term_is_escaped(training, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "evokernels.evolution.html_report_parts.term_shares",
+        "evokernels.evolution.html_report.parts.term_shares",
         lambda genomes: {"<script>alert('x')</script> & more": 0.5},
     )
     evolve(dataclasses.replace(SETTINGS, refine=0), tmp_path)
@@ -502,8 +504,8 @@ def no_space(path, content):
 @pytest.mark.parametrize(
     ("place", "wrong", "reason"),
     [
-        ("html_report_pictures.fitness", no_font, "RuntimeError: no font"),
-        ("html_report.write_atomically", no_space, "No space left on device"),
+        ("html_report.pictures.fitness", no_font, "RuntimeError: no font"),
+        ("html_report.page.write_atomically", no_space, "No space left on device"),
     ],
 )
 def test_a_run_without_its_report_is_complete(
@@ -527,7 +529,7 @@ def test_names_that_are_no_text_do_not_keep_a_report_from_being_written(tmp_path
 
 def test_formulas_among_the_settings_are_apart():
     own = {"own_terms": ("A = g + m", "B = sign(g)"), "tasks": ("a", "b")}
-    (table,) = html_report_parts.configuration(own).items
+    (table,) = report_parts.configuration(own).items
     assert table.rows == [["own-terms", "A = g + m; B = sign(g)"], ["tasks", "a b"]]
 
 
@@ -535,13 +537,13 @@ def test_formulas_among_the_settings_are_apart():
 
 
 def test_a_coevolution_has_a_report(training, tmp_path, monkeypatch):
-    drawn, draw = {}, html_report_parts.spread_pictures
+    drawn, draw = {}, report_parts.spread_pictures
 
     def drawing(name, title, numbers, best, spreads, **others):
         drawn[name] = spreads
         return draw(name, title, numbers, best, spreads, **others)
 
-    monkeypatch.setattr(html_report_parts, "spread_pictures", drawing)
+    monkeypatch.setattr(report_parts, "spread_pictures", drawing)
     settings = CoevolutionSettings(
         search=CoevolutionConfig(first=5, second=4, generations=3, elites=1, tournament=2),
         tasks=(MINI, "mnist"),

@@ -14,7 +14,7 @@ from evokernels.evolution import journal, pool
 from evokernels.evolution.coevolution_settings import CoevolutionSettings
 from evokernels.evolution.coevolving import coevolve
 from evokernels.evolution.contest import Contest, compare
-from evokernels.evolution.html_report import REPORT
+from evokernels.evolution.html_report.page import REPORT
 from evokernels.evolution.run import evolve
 from evokernels.evolution.settings import RunSettings
 from evokernels.evolution.trial import Conditions

@@ -11,7 +11,7 @@ from evokernels.evolution.coevolution_pictures import plot_history, plot_pareto
 from evokernels.evolution.coevolution_settings import CoevolutionSettings
 from evokernels.evolution.comparison import Row
 from evokernels.evolution.files import csv_text, write_atomically
-from evokernels.evolution.html_report import REPORT
+from evokernels.evolution.html_report.page import REPORT
 from evokernels.evolution.pairs import Measured, Pair
 from evokernels.evolution.tuning import setting
 from evokernels.evolution.winner import winner_csv

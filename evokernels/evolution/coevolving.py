@@ -31,7 +31,7 @@ from evokernels.evolution.evaluations import (
     Request,
     open_evaluations,
 )
-from evokernels.evolution.html_report_coevolution import write_coevolution_report
+from evokernels.evolution.html_report.coevolution import write_coevolution_report
 from evokernels.evolution.pairs import Measured, Pair, worth
 from evokernels.evolution.trial import Outcome, Purpose, Trial, network_key
 from evokernels.evolution.winner import final_runs, measure_winner

@@ -19,7 +19,7 @@ from evokernels.evolution.evaluations import (
     Request,
     open_evaluations,
 )
-from evokernels.evolution.html_report_contest import write_contest_report
+from evokernels.evolution.html_report.contest import write_contest_report
 from evokernels.evolution.settings import SEED_LIMIT
 from evokernels.evolution.trial import Conditions
 from evokernels.genome import Genome

@@ -10,7 +10,7 @@ from evokernels.evolution.comparison import Comparison
 from evokernels.evolution.figures import BEST_COLOUR, MEAN_COLOUR, new_figure, save_figure
 from evokernels.evolution.files import csv_text, write_atomically
 from evokernels.evolution.history import Generation
-from evokernels.evolution.html_report import REPORT
+from evokernels.evolution.html_report.page import REPORT
 from evokernels.evolution.ledger import Cost, ledger_csv
 from evokernels.evolution.settings import RunSettings
 from evokernels.evolution.winner import Winner, winner_csv

@@ -19,7 +19,7 @@ from evokernels.evolution.evaluations import (
     open_evaluations,
 )
 from evokernels.evolution.history import Generation, plateaued, scalars, summarise
-from evokernels.evolution.html_report_run import write_run_report
+from evokernels.evolution.html_report.run import write_run_report
 from evokernels.evolution.ledger import Cost, read_ledger
 from evokernels.evolution.lineage import Lineage
 from evokernels.evolution.refining import Refiner

@@ -6,9 +6,9 @@ import math
 import pathlib
 from typing import TYPE_CHECKING
 
-from evokernels.evolution import html_report_parts as parts
 from evokernels.evolution.comparison import Comparison
-from evokernels.evolution.html_report import Item, Page, Section, Table, Text, write
+from evokernels.evolution.html_report import parts
+from evokernels.evolution.html_report.page import Item, Page, Section, Table, Text, write
 from evokernels.evolution.journal import Journal
 from evokernels.evolution.tuning import TUNING_SEED, setting
 

@@ -6,12 +6,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from evokernels.evolution import html_report_pictures as pictures
 from evokernels.evolution.comparison import Comparison, Estimate
 from evokernels.evolution.history import Spread, term_shares
-from evokernels.evolution.html_report import Picture, Section, Table, Text
-from evokernels.evolution.html_report_machine import machine, versions
+from evokernels.evolution.html_report import pictures
+from evokernels.evolution.html_report.page import Picture, Section, Table, Text
 from evokernels.evolution.journal import Journal
+from evokernels.evolution.machine import machine, versions
 from evokernels.evolution.settings import TrainingSettings
 from evokernels.evolution.winner import Winner
 from evokernels.genome import Genome

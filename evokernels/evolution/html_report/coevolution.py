@@ -5,8 +5,6 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 
-from evokernels.evolution import html_report_parts as parts
-from evokernels.evolution import html_report_pictures as pictures
 from evokernels.evolution.coevolution_history import (
     OWN,
     WINNER,
@@ -17,7 +15,9 @@ from evokernels.evolution.coevolution_history import (
 )
 from evokernels.evolution.coevolution_settings import CoevolutionSettings
 from evokernels.evolution.history import Spread
-from evokernels.evolution.html_report import (
+from evokernels.evolution.html_report import parts, pictures
+from evokernels.evolution.html_report.family import rule_text
+from evokernels.evolution.html_report.page import (
     Item,
     Listing,
     Page,
@@ -28,7 +28,6 @@ from evokernels.evolution.html_report import (
     Text,
     write,
 )
-from evokernels.evolution.html_report_family import rule_text
 from evokernels.evolution.journal import Journal
 from evokernels.evolution.pairs import Measured
 from evokernels.evolution.trial import Purpose

@@ -1,6 +1,6 @@
 """A report as one HTML page without scripts, made of sections: text, tables, charts, a formula.
 
-`html_report_run`, `html_report_coevolution` and `html_report_contest` say what is in it;
+`run`, `coevolution` and `contest` say what is in it;
 ``templates/report.html.j2`` says how it looks.
 """
 
@@ -16,8 +16,8 @@ from typing import ClassVar
 from evokernels.compiler.describe import formula
 from evokernels.errors import ReportWarning
 from evokernels.evolution.files import write_atomically
-from evokernels.evolution.html_report_family import Family
-from evokernels.evolution.html_report_formula import mathml
+from evokernels.evolution.html_report.family import Family
+from evokernels.evolution.html_report.formula import mathml
 from evokernels.genome import Genome
 
 __all__ = [
@@ -62,7 +62,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A chart of `html_report_pictures`.
+    """A chart of `pictures`.
 
     Attributes:
         title: above it, also for those who cannot see it.
@@ -178,7 +178,7 @@ def _template():  # noqa: ANN202 (jinja2 is imported here alone)
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("evokernels.evolution"),
+        loader=jinja2.PackageLoader("evokernels.evolution.html_report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

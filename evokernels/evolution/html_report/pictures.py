@@ -1,7 +1,7 @@
 """The charts of a report: matplotlib's SVG, in colours that the page sets for light and dark.
 
 Each is as wide as a phone, so that its text stays legible there; a wide page puts several beside
-each other. Legends are text of the page (`html_report.Picture.legend`), which wraps.
+each other. Legends are text of the page (`page.Picture.legend`), which wraps.
 """
 
 from __future__ import annotations

@@ -7,11 +7,11 @@ import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from evokernels.evolution import html_report_parts as parts
-from evokernels.evolution import html_report_pictures as pictures
 from evokernels.evolution.audit import audit_line
 from evokernels.evolution.history import Generation
-from evokernels.evolution.html_report import (
+from evokernels.evolution.html_report import parts, pictures
+from evokernels.evolution.html_report.family import family, rule_text
+from evokernels.evolution.html_report.page import (
     Drawing,
     Item,
     Listing,
@@ -23,7 +23,6 @@ from evokernels.evolution.html_report import (
     Text,
     write,
 )
-from evokernels.evolution.html_report_family import family, rule_text
 from evokernels.evolution.journal import Journal
 from evokernels.evolution.ledger import Cost, ledger_line
 from evokernels.evolution.lineage import Descent, Lineage, Member

@@ -1,0 +1,1 @@
+"""``report.html``: what a run came to, as one page without scripts."""
