@@ -136,7 +136,8 @@ def later_steps(passes: int, bar: Bar) -> Iterable[str]:
             for each in list(entrants)[1:]
         ]
         mine = f"{measured.seconds(OURS, NEW) * 1e3:.1f} ms"
-        rows.append([name.replace("|", "\\|"), str(measured.traffic[OURS]), measured.backends[OURS], mine, *others])
+        cell = name.replace("|", "\\|")
+        rows.append([cell, str(measured.traffic[OURS]), measured.backends[OURS], mine, *others])
     return markdown(["rule", "bytes an element", "backend", OURS, *list(entrants)[1:]], rows)
 
 

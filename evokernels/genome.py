@@ -63,6 +63,11 @@ class OwnTerm:
     def __repr__(self) -> str:
         return repr(self.name)
 
+    @property
+    def definition(self) -> str:
+        """Name and formula, with all digits."""
+        return f"{self.name} = {self.formula:full}"
+
     def __reduce__(self) -> tuple[Callable, tuple[str, Hashable]]:
         return add_own_term, (self.name, self.formula)
 

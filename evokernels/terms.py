@@ -146,8 +146,8 @@ def registered() -> Mapping[str, Term | OwnTerm]:
 
 
 def definitions() -> tuple[str, ...]:
-    """The same in words: name, " = ", formula."""
-    return tuple(f"{name} = {formula_of(term)}" for name, term in _registered.items())
+    """The same in words: name, " = ", formula with all digits."""
+    return tuple(f"{name} = {formula_of(term):full}" for name, term in _registered.items())
 
 
 def load(path: str | os.PathLike[str]) -> None:

@@ -499,6 +499,15 @@ def test_a_search_knows_its_terms(settings, message):
         GeneticConfig(**settings)
 
 
+def test_definitions_have_all_digits():
+    """A journal tells formulas apart that people read alike."""
+    register("NEARLY", tanh((1 + 1e-9) * g) - average(m, 0.1 + 0.2))
+    (definition,) = terms.definitions()
+    assert definition == "NEARLY = tanh(1.000000001 * g) - average(m, 0.30000000000000004)"
+    assert genome.own_terms()["NEARLY"].definition == definition
+    assert "tanh(1 * g)" in formula(Genome(["NEARLY"]))
+
+
 def test_terms_from_a_file(tmp_path):
     path = pathlib.Path(tmp_path, "mine.py")
     path.write_text("from evokernels.terms import *\nregister('SQUASHED', tanh(g))\n")

@@ -72,6 +72,10 @@ class Expr:
     def __neg__(self) -> Expr:
         return -1.0 * self
 
+    def __format__(self, spec: str) -> str:
+        """As text, whose numbers have six digits, or with "full" all."""
+        return str(_in_full(self)) if spec == "full" else format(str(self), spec)
+
     def __abs__(self) -> Expr:
         return Call("abs", (self,))
 
@@ -351,6 +355,17 @@ def _negated(expr: Expr) -> Expr | None:
     """What is multiplied with -1, None if nothing is."""
     minus = isinstance(expr, Call) and expr.op == "mul" and expr.args[0] == Constant(-1.0)
     return expr.args[1] if minus else None
+
+
+def _in_full(expr: Expr) -> Expr:
+    """An expression whose text has all digits of its numbers."""
+    if isinstance(expr, Call):
+        return Call(expr.op, tuple(map(_in_full, expr.args)))
+    if isinstance(expr, Average):
+        return Average(_in_full(expr.value), _in_full(expr.beta))
+    if isinstance(expr, Constant) and float(str(expr)) != expr.value:
+        return Symbol(repr(expr.value), per_element=False)
+    return expr
 
 
 def _expr(value: Expr | float) -> Expr:

@@ -194,11 +194,10 @@ def _with_named_averages(update: Linear) -> tuple[Linear, dict[Symbol, Average]]
     found = {average for atom in update for average in averages_of(atom)}
     if not found:
         return update, {}
+    in_order = sorted(found, key=lambda average: (str(average), repr(average)))
     averages = {
         Symbol(operand, per_element=True): average
-        for operand, average in zip(
-            AVERAGES, sorted(found, key=lambda each: (str(each), repr(each))), strict=False
-        )
+        for operand, average in zip(AVERAGES[: len(found)], in_order, strict=True)
     }
     symbols = {average: symbol for symbol, average in averages.items()}
     return linear(substitute(linear_expr(update), symbols)), averages

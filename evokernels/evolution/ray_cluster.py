@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
 import logging
 import os
+import pathlib
 import platform
 import socket
 import subprocess
@@ -166,12 +168,21 @@ def versions() -> dict[str, str]:
     except importlib.metadata.PackageNotFoundError:
         release = "as source"
     return {
-        "evokernels": release,
+        "evokernels": f"{release} ({_source_digest()})",
         "evaluation version": str(EVALUATION_VERSION),
         "torch": torch.__version__,
         "Python": ".".join(platform.python_version_tuple()[:2]),
         "Ray": ray.__version__,
     }
+
+
+def _source_digest() -> str:
+    """What tells two checkouts of one release apart."""
+    folder = pathlib.Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def processor(need: Need) -> str:

@@ -28,9 +28,8 @@ from evokernels.kernels.cuda_source import with_included
 
 __all__ = ["OwnKernels", "own_kernels"]
 
-_MOST_KEPT = (
-    256  # that no plan needs: each takes five mappings of memory, of which there are 65,530
-)
+# That no plan needs: each takes five mappings of memory, of which there are 65,530.
+_MOST_KEPT = 256
 
 
 class OwnKernels:

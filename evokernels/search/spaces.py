@@ -57,7 +57,7 @@ def catalogue_terms(catalogue: str, own_terms: Sequence[str]) -> Terms:
         raise SettingsError(f"catalogue must be {' or '.join(CATALOGUES)}, got {catalogue!r}")
     terms = dict.fromkeys(CATALOGUES[catalogue])
     for definition in own_terms:
-        name, _, formula = definition.partition(" = ")
+        name, _, _ = definition.partition(" = ")
         try:
             term = find_term(name)
         except GenomeError:
@@ -65,8 +65,8 @@ def catalogue_terms(catalogue: str, own_terms: Sequence[str]) -> Terms:
                 f"the search has a term of your own, {definition}, which is not registered; "
                 f"register it first (bench/evolve.py --terms FILE)"
             ) from None
-        if isinstance(term, OwnTerm) and str(term.formula) != formula:
-            raise SettingsError(f"the search has {definition}, but {name} is {term.formula} here")
+        if isinstance(term, OwnTerm) and term.definition != definition:
+            raise SettingsError(f"the search has {definition}, but here it is {term.definition}")
         terms[term] = None
     return tuple(terms)
 
