@@ -51,9 +51,8 @@ class WorkerLost(WorkerDied):
 class NodeLost(WorkerLost):
     """The machine of the worker is gone with all that ran there."""
 
-    tries = (
-        10  # machines that are lent for a while go often; a call that takes one along, ten times
-    )
+    # machines that are lent for a while go often; a call that takes one along does so every time
+    tries = 10
 
 
 class WorkerExecutor(concurrent.futures.Executor, abc.ABC):
