@@ -6,7 +6,6 @@ from evokernels.compiler import terms
 from evokernels.compiler.expr import Average, Constant, Expr, Symbol, substitute
 from evokernels.compiler.linear import linear, linear_expr
 from evokernels.compiler.lower import lower, weighted_terms
-from evokernels.compiler.program import AVERAGES
 from evokernels.compiler.schedule import warms_up
 from evokernels.genome import Genome
 
@@ -44,7 +43,7 @@ def formula(genome: Genome, *, named: bool = False) -> str:
                 corrected[moment] = Symbol(f"{moment}^", per_element=True)
                 lines.append(f"{moment}^ = {moment} / (1 - {numbers.get(beta, beta)}^t)")
     averages: dict[Average, Symbol] = {}
-    for operand, average in zip(AVERAGES, rule.averages, strict=False):
+    for operand, average in rule.named_averages.items():
         averages[average] = seen = Symbol(operand, per_element=True)
         new = terms.averaged(average.beta, seen, average.value)
         lines.append(f"{seen} ← {linear_expr(linear(substitute(new, numbers)))}")

@@ -70,10 +70,15 @@ class Rule:
     averages: tuple[Average, ...] = ()
 
     @property
+    def named_averages(self) -> dict[str, Average]:
+        """The averages by operand."""
+        return dict(zip(AVERAGES, self.averages, strict=False))
+
+    @functools.cached_property  # asked for each parameter
     def state_names(self) -> dict[str, str]:
         """What the program's state is called where it outlives the program, by operand."""
         named = dict(MOMENT_NAMES)
-        for operand, average in zip(AVERAGES, self.averages, strict=False):
+        for operand, average in self.named_averages.items():
             name = str(average)
             while name in named.values():
                 name += "'"  # texts leave out late digits
