@@ -385,9 +385,8 @@ def compile_at(barrier, results):
     results.put(is_right(step(RULE)))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of fork
 def test_processes_that_compile_at_once(folder):
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(3), context.SimpleQueue()
     processes = [context.Process(target=compile_at, args=(barrier, results)) for _ in range(3)]
     for process in processes:
