@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Self
 
 from evokernels.errors import EvokernelsError
@@ -53,11 +53,14 @@ class Document:
         raise NotImplementedError
 
     @classmethod
-    def _fields(cls, data: Mapping[str, Any], versioned: bool) -> dict[str, Any]:
+    def _fields(
+        cls, data: Mapping[str, Any], versioned: bool, sometimes: Collection[str] = ()
+    ) -> dict[str, Any]:
         """The fields of a dict, without ``schema_version``; raises ``ERROR`` for other ones.
 
         Args:
             versioned: a dict must have its version. With a version all fields must be there.
+            sometimes: fields that may be missing all the same.
         """
         if not isinstance(data, Mapping):
             article = "an" if cls.NOUN[0] in "aeiou" else "a"
@@ -76,7 +79,7 @@ class Document:
                 close = difflib.get_close_matches(str(name), known, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
                 raise cls.ERROR(f"unknown {cls.NOUN} field {name!r}; {hint}")
-        missing = [name for name in known if name not in fields]
+        missing = [name for name in known if name not in fields and name not in sometimes]
         if versioned and missing:
             raise cls.ERROR(
                 f"{cls.NOUN} lacks {', '.join(missing)}; a versioned {cls.NOUN} has them all"

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import math
 import numbers
 import reprlib
 import types
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 from evokernels.document import Document
 from evokernels.errors import GenomeError, TermError
@@ -47,18 +48,22 @@ class Term(enum.IntEnum):
 CATALOGUES = {"classic": tuple(Term)[:7], "wide": tuple(Term)}
 
 
+class Formula(Protocol):
+    """What a term adds to the update: an expression of `evokernels.compiler`, immutable."""
+
+    def reads(self, name: str) -> bool:
+        """Whether a symbol of that name is anywhere in it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class OwnTerm:
     """A term that a user has registered (`evokernels.terms.register`).
 
     It travels with its formula: a process that has never heard of it knows it when it is unpickled.
-
-    Attributes:
-        formula: an expression of `evokernels.compiler`.
     """
 
     name: str
-    formula: Hashable
+    formula: Formula
 
     def __repr__(self) -> str:
         return repr(self.name)
@@ -68,7 +73,12 @@ class OwnTerm:
         """Name and formula, with all digits."""
         return f"{self.name} = {self.formula:full}"
 
-    def __reduce__(self) -> tuple[Callable, tuple[str, Hashable]]:
+    @functools.cached_property  # asked for each genome
+    def reads_beta3(self) -> bool:
+        """Whether the formula reads that number of the genome. No built-in term does."""
+        return self.formula.reads("beta3")
+
+    def __reduce__(self) -> tuple[Callable, tuple[str, Formula]]:
         return add_own_term, (self.name, self.formula)
 
 
@@ -80,7 +90,7 @@ def own_terms() -> Mapping[str, OwnTerm]:
     return types.MappingProxyType(_own_terms)
 
 
-def add_own_term(name: str, formula: Hashable) -> OwnTerm:
+def add_own_term(name: str, formula: Formula) -> OwnTerm:
     """The term of that name and formula; raises TermError if another one has the name.
 
     `evokernels.terms.register` is what users call: it checks the formula.
@@ -141,6 +151,7 @@ VALID = {
     "lr_log10": Interval(-12, 2),
     "beta1": Interval(0, 1, includes_high=False),
     "beta2": Interval(0, 1, includes_high=False),
+    "beta3": Interval(0, 1, includes_high=False),
     "eps_log10": Interval(-16, 0),
     "wd_log10": Interval(-math.inf, 0),
     "clip_value": Interval(0, math.inf, includes_low=False, includes_high=False),
@@ -160,6 +171,8 @@ class Genome(Document):
         lr_log10: learning rate, as a power of ten, in [-12, 2].
         beta1: decay of the first moment, in [0, 1).
         beta2: decay of the second moment, in [0, 1).
+        beta3: by keyword; decay of the averages that read it (`evokernels.terms.average`), in
+            [0, 1). A genome none of whose terms reads it has the default, whatever is given.
         eps_log10: added to denominators, as a power of ten, in [-16, 0].
         wd_log10: decoupled weight decay, as a power of ten, in [-inf, 0]; ``-inf`` is no decay.
         use_m: keep a first moment; otherwise terms see the gradient in its place.
@@ -184,6 +197,7 @@ class Genome(Document):
     lr_log10: float = -3.0
     beta1: float = 0.9
     beta2: float = 0.999
+    beta3: float = dataclasses.field(default=0.99, kw_only=True)
     eps_log10: float = -8.0
     wd_log10: float = -4.0
     use_m: bool = True
@@ -206,6 +220,13 @@ class Genome(Document):
                 f"alphas has {len(self.alphas)} entries for {len(self.term_types)} term_types; "
                 "give one weight for each term"
             )
+        if not self.reads_beta3:  # so that genomes which mean the same are equal
+            object.__setattr__(self, "beta3", type(self).beta3)
+
+    @property
+    def reads_beta3(self) -> bool:
+        """Whether any of its terms reads ``beta3``."""
+        return any(isinstance(term, OwnTerm) and term.reads_beta3 for term in self.term_types)
 
     @property
     def lr(self) -> float:
@@ -223,11 +244,16 @@ class Genome(Document):
         return 10.0**self.wd_log10
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict: terms by name, no decay (``wd_log10 = -inf``) as None."""
+        """A JSON-ready dict: terms by name, no decay (``wd_log10 = -inf``) as None.
+
+        It has ``beta3`` exactly where a term reads it.
+        """
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields["term_types"] = [term.name for term in self.term_types]
         fields["alphas"] = list(self.alphas)
         fields["wd_log10"] = None if self.wd_log10 == -math.inf else self.wd_log10
+        if not self.reads_beta3:
+            del fields["beta3"]
         return {"schema_version": self.SCHEMA_VERSION, **fields}
 
     @classmethod
@@ -236,15 +262,20 @@ class Genome(Document):
 
         A dict without ``schema_version`` is one of the source system: fields that it leaves out
         have their defaults. With a version every field must be there, so that an export which
-        lost a flag cannot come back as another optimizer.
+        lost a flag cannot come back as another optimizer; ``beta3`` only where a term reads it.
 
         Raises:
             GenomeError: unknown or missing field, unknown version, or an invalid value.
         """
-        fields = cls._fields(data, versioned=False)
+        fields = cls._fields(data, versioned=False, sometimes=("beta3",))
         if fields.get("wd_log10", 0) is None:
             fields["wd_log10"] = -math.inf
-        return cls(**fields)
+        genome = cls(**fields)
+        if "beta3" in fields and not genome.reads_beta3:
+            raise GenomeError("genome has beta3, which none of its terms reads; leave it out")
+        if "beta3" not in fields and genome.reads_beta3 and "schema_version" in data:
+            raise GenomeError("genome lacks beta3, which one of its terms reads; say what it is")
+        return genome
 
 
 def _normalised(field: dataclasses.Field, value: Any) -> Any:

@@ -57,9 +57,9 @@ def source(genome: Genome, backend: str, dtype: torch.dtype) -> str:
 def _canonical_update(genome: Genome) -> str:
     """What the learning rate multiplies: equal terms added up, bias corrections in the weights."""
     scalars = terms.genome_scalars(genome, t=1)
-    fixed = (terms.weight_decay, terms.beta1, terms.beta2, terms.eps)
+    fixed = (terms.weight_decay, *terms.BIASES, terms.eps)
     numbers: dict[Symbol, Expr] = {each: Constant(scalars[each.name]) for each in fixed}
-    for bias, beta in ((terms.bias1, terms.beta1), (terms.bias2, terms.beta2)):
+    for beta, bias in terms.BIASES.items():
         numbers[bias] = Symbol(f"(1 - {numbers[beta]}^t)", per_element=False)
     return str(linear_expr(linear(substitute(update_of(genome), numbers))))
 

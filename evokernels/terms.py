@@ -14,10 +14,11 @@ Per element, a formula may read:
   ``v_hat``: corrected whatever it says; ``m_before``: the first moment before this step. Where a
   genome keeps no first moment, all three are ``g``; where it keeps no second one, ``v`` and
   ``v_hat`` are ``g * g``;
-- ``average(x, beta)``: a moment of its own, with a beta of its own: a number, ``beta1`` or
-  ``beta2``. In ``x``, ``m`` and ``v`` are the moments themselves, not corrected.
+- ``average(x, beta)``: a moment of its own, with a beta of its own: a number, ``beta1``, ``beta2``
+  or ``beta3``, which genomes have for such terms alone and a search moves. In ``x``, ``m`` and
+  ``v`` are the moments themselves, not corrected.
 
-Also ``eps``, ``beta1``, ``beta2``, numbers, and ``progress``: the step as a part of the training's
+Also ``eps``, the betas, numbers, and ``progress``: the step as a part of the training's
 ``total_steps``, 1 at the end. Operations are ``+ - * /``, whole powers, ``abs``, ``>`` and ``<`` in
 `where`, and the functions below.
 """
@@ -57,6 +58,7 @@ from evokernels.compiler.terms import (
     CATALOGUE,
     beta1,
     beta2,
+    beta3,
     eps,
     formula_of,
     g,
@@ -75,6 +77,7 @@ __all__ = [
     "average",
     "beta1",
     "beta2",
+    "beta3",
     "clip",
     "definitions",
     "eps",
@@ -99,7 +102,7 @@ __all__ = [
     "where",
 ]
 
-LEAVES = frozenset((g, m, v, p, m_hat, v_hat, m_before, eps, beta1, beta2, progress))
+LEAVES = frozenset((g, m, v, p, m_hat, v_hat, m_before, eps, beta1, beta2, beta3, progress))
 
 _LARGEST = 1e100  # number of a formula, multiplied out
 
@@ -181,7 +184,7 @@ def average(x: Expr, beta: Expr | float) -> Average:
 
     Args:
         x: read anew in each step; holds no other average.
-        beta: a number between 0 and 1, ``beta1`` or ``beta2``.
+        beta: a number between 0 and 1, ``beta1``, ``beta2`` or ``beta3``.
 
     Raises:
         TermError: it is of another kind.
@@ -189,10 +192,10 @@ def average(x: Expr, beta: Expr | float) -> Average:
     x = _expression(x)
     if averages_of(x):
         raise TermError(f"{x} holds an average already, and averages of averages are not kept")
-    if beta in (beta1, beta2):
+    if beta in (beta1, beta2, beta3):
         return Average(x, beta)
     if isinstance(beta, bool) or not isinstance(beta, numbers.Real) or not 0 < beta < 1:
-        raise TermError(f"beta must be beta1, beta2 or a number between 0 and 1, got {beta}")
+        raise TermError(f"beta must be beta1, beta2, beta3 or a number between 0 and 1, got {beta}")
     return Average(x, Constant(float(beta)))
 
 
@@ -268,6 +271,7 @@ _TRIED = {
     eps: (1e-8, 1e-10, 1e-4),
     beta1: (0.9, 0.0, 0.999),
     beta2: (0.999, 0.0, 0.9999),
+    beta3: (0.99, 0.0, 0.9999),
     progress: (0.5, 1e-3, 1.0),
 }
 _MOST_TRIED = 2**18

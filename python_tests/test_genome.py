@@ -66,7 +66,9 @@ OTHER = {
 
 
 def stored(genome):
-    return {field.name: getattr(genome, field.name) for field in dataclasses.fields(genome)}
+    """All that JSON has of it: no beta3, which no built-in term reads."""
+    names = (field.name for field in dataclasses.fields(genome) if field.name in genome.to_dict())
+    return {name: getattr(genome, name) for name in names}
 
 
 # Construction

@@ -169,8 +169,8 @@ def test_launches_are_full_and_take_every_tensor_once(groups, most):
         (4_000, 1, LARGE, 1),
         (480, 1, CLASSIC, 1),
         (1000, 1, CLASSIC, 3),
-        (1000, 1000, LARGE, 4),  # one group a tensor
-        (1000, 1000, CLASSIC, 31),
+        (1000, 1000, LARGE, 5),  # one group a tensor
+        (1000, 1000, CLASSIC, 35),
         (1000, 2, LARGE, 1),
     ],
 )

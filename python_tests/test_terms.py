@@ -384,7 +384,7 @@ def test_formulas_that_cannot_be_written():
     with pytest.raises(TypeError, match="powers are whole numbers"):
         g**0.5
     for beta in (0, 1, -0.5, math.nan, "beta1", True, eps):
-        with pytest.raises(TermError, match="beta must be beta1, beta2 or a number between"):
+        with pytest.raises(TermError, match="beta must be beta1, beta2, beta3 or a number between"):
             average(g, beta)
     with pytest.raises(TermError, match="averages of averages are not kept"):
         average(average(g, 0.9), 0.9)

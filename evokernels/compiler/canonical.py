@@ -94,5 +94,7 @@ def _in_full(form: Linear, genome: Genome) -> str:
 
 def _scalars(genome: Genome, t: int, training_steps: int = 4) -> dict[str, float]:
     """Those of a step, with the bias corrections to the digits that the keys in journals have."""
-    corrections = {"bias1": 1.0 - genome.beta1**t, "bias2": 1.0 - genome.beta2**t}
+    corrections = {
+        bias.name: 1.0 - getattr(genome, beta.name) ** t for beta, bias in terms.BIASES.items()
+    }
     return {**terms.genome_scalars(genome, t, training_steps=training_steps), **corrections}

@@ -21,13 +21,13 @@ def formula(genome: Genome, *, named: bool = False) -> str:
     rule = lower(genome)
     numbers: dict[Symbol, Expr] = {
         symbol: Constant(terms.genome_scalars(genome, t=1)[symbol.name])
-        for symbol in (terms.weight_decay, terms.beta1, terms.beta2, terms.eps, terms.clip)
+        for symbol in (terms.weight_decay, *terms.BIASES, terms.eps, terms.clip)
     }
     if named:
         decay = {} if genome.weight_decay else {terms.weight_decay: Constant(0.0)}
         numbers = {terms.clip: Symbol("clip_value", per_element=False), **decay}
     # of terms that correct moments themselves
-    for bias, beta in ((terms.bias1, terms.beta1), (terms.bias2, terms.beta2)):
+    for beta, bias in terms.BIASES.items():
         numbers[bias] = Symbol(f"(1 - {numbers.get(beta, beta)}^t)", per_element=False)
     lines = _named_schedule(genome) if named else [_schedule(genome)]
     if genome.use_gradient_clipping:

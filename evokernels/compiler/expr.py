@@ -76,6 +76,10 @@ class Expr:
         """As text, whose numbers have six digits, or with "full" all."""
         return str(_in_full(self)) if spec == "full" else format(str(self), spec)
 
+    def reads(self, name: str) -> bool:
+        """Whether a symbol of that name is anywhere in it."""
+        return any(symbol.name == name for symbol in symbols_of(self))
+
     def __abs__(self) -> Expr:
         return Call("abs", (self,))
 

@@ -18,10 +18,7 @@ __all__ = ["independent_terms", "numbers_read"]
 GENE = {
     terms.lr: "lr_log10",
     terms.weight_decay: "wd_log10",
-    terms.beta1: "beta1",
-    terms.bias1: "beta1",
-    terms.beta2: "beta2",
-    terms.bias2: "beta2",
+    **{symbol: pair[0].name for pair in terms.BIASES.items() for symbol in pair},
     terms.eps: "eps_log10",
     terms.clip: "clip_value",
 }

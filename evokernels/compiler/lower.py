@@ -59,8 +59,8 @@ class Rule:
     Attributes:
         program: the structure; genomes that differ in numbers only share it.
         formulas: the scalar formula of each of ``program.scalars``, over ``lr``,
-            ``weight_decay``, ``beta1``, ``beta2``, ``bias1``, ``bias2``, ``eps``, ``clip``,
-            ``progress``, ``t``, ``gradient_factor``.
+            ``weight_decay``, ``beta1``, ``beta2``, ``beta3``, ``bias1``, ``bias2``, ``bias3``,
+            ``eps``, ``clip``, ``progress``, ``t``, ``gradient_factor``.
         averages: what the operands "a0", "a1", … of the program's state are.
     """
 

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Sequence
 from string import Template
 from typing import NamedTuple
 
+from evokernels.compiler import terms
 from evokernels.compiler.describe import formula
 from evokernels.compiler.expr import Expr, symbols_of
 from evokernels.compiler.lower import Rule, lower
@@ -110,6 +111,7 @@ def _options(genome: Genome, read: set[str]) -> list[_Option]:
             (genome.beta1, genome.beta2),
             "beta1 and beta2, in [0, 1): what stays of the moments from step to step.",
         ),
+        "beta3": ("float", genome.beta3, "in [0, 1): what stays of the averages that read it."),
         "eps": ("float", genome.eps, "added to denominators."),
         "weight_decay": ("float", genome.weight_decay, "apart from the gradient, as in AdamW."),
         "clip_value": ("float", genome.clip_value, "limit of each element of a gradient."),
@@ -119,6 +121,7 @@ def _options(genome: Genome, read: set[str]) -> list[_Option]:
     has = {
         "lr": True,
         "betas": bool(read & {"beta1", "beta2", "bias1", "bias2"}),
+        "beta3": bool(read & {"beta3", "bias3"}),
         "eps": "eps" in read,
         "weight_decay": "weight_decay" in read,
         "clip_value": "clip" in read,
@@ -153,6 +156,11 @@ def _checks(options: Sequence[_Option]) -> Iterable[str]:
             'if not all(0.0 <= beta < 1.0 for beta in group["betas"]):',
             "    raise ValueError(f\"betas must lie in [0, 1), got {group['betas']}\")",
         )
+    if "beta3" in names:
+        yield from (
+            'if not 0.0 <= group["beta3"] < 1.0:',
+            "    raise ValueError(f\"beta3 must lie in [0, 1), got {group['beta3']}\")",
+        )
     if "clip_value" in names:
         yield from (
             'if not group["clip_value"] > 0.0:',
@@ -183,6 +191,8 @@ def _rates(genome: Genome, read: set[str]) -> Iterable[str]:
         for i in (1, 2):
             if {f"beta{i}", f"bias{i}"} & read:
                 yield f'beta{i} = group["betas"][{i - 1}]'
+    if {"beta3", "bias3"} & read:
+        yield 'beta3 = group["beta3"]'
     yield 'lr = float(group["lr"])'
     if warms_up(genome):
         yield 'lr *= min(1.0, t / group["warmup_steps"])'
@@ -195,10 +205,8 @@ def _values(read: set[str]) -> dict[str, str]:
     """The numbers that an update is given, and what they are in `step`."""
     values = {
         "lr": "lr",
-        "beta1": "beta1",
-        "beta2": "beta2",
-        "bias1": "1.0 - beta1**t",
-        "bias2": "1.0 - beta2**t",
+        **{beta.name: beta.name for beta in terms.BIASES},
+        **{bias.name: f"1.0 - {beta}**t" for beta, bias in terms.BIASES.items()},
         "eps": 'group["eps"]',
         "weight_decay": 'group["weight_decay"]',
         "clip": 'group["clip_value"]',

@@ -30,7 +30,7 @@ _NEVER_IN_PLACE = ("sign", "where", "over")
 _CLAMPS = {"max": "clamp_min", "min": "clamp_max"}
 
 # Numbers that are always above zero; a weight that reads any other one may be.
-NEVER_ZERO = {terms.bias1, terms.bias2, schedule.t}
+NEVER_ZERO = {*terms.BIASES.values(), schedule.t}
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ _CALLED = {"where": "chosen", "div": "ratio", "over": "ratio"}
 
 def _called(line: Statement, names: Mapping[Operand, str]) -> str:
     first = names.get(line.args[0], "")
-    if line.op == "mul" and line.args[1] in (ONE / terms.bias1, ONE / terms.bias2):
+    if line.op == "mul" and line.args[1] in [ONE / bias for bias in terms.BIASES.values()]:
         return f"{first}_hat"
     if len(line.args) == 1 and first in ("g", "m", "v", "m_hat", "v_hat"):
         return f"{line.op}_{first}"

@@ -29,9 +29,13 @@ g, m, v, p = (Symbol(name, per_element=True) for name in "gmvp")
 m_hat, v_hat, m_before = (Symbol(name, per_element=True) for name in ("m_hat", "v_hat", "m_before"))
 
 # one value a step: what they are is in `scalar_values`; lr is the scheduled learning rate
-lr, weight_decay, beta1, beta2, bias1, bias2, eps, clip = (
-    Symbol(name, per_element=False)
-    for name in ("lr", "weight_decay", "beta1", "beta2", "bias1", "bias2", "eps", "clip")
+lr, weight_decay, eps, clip = (
+    Symbol(name, per_element=False) for name in ("lr", "weight_decay", "eps", "clip")
+)
+beta1, beta2, beta3, bias1, bias2, bias3, log_beta1, log_beta2, log_beta3 = (
+    Symbol(f"{name}{i}", per_element=False)
+    for name in ("beta", "bias", "log_beta")
+    for i in (1, 2, 3)
 )
 # how far the training is, for terms that ask
 progress = Symbol("progress", per_element=False)
@@ -39,16 +43,20 @@ progress = Symbol("progress", per_element=False)
 gradient_factor = Symbol("gradient_factor", per_element=False)
 
 # what these are made of, in step t
-base_lr, log_beta1, log_beta2, direction, grad_scale, max_norm, squares = (
+base_lr, direction, grad_scale, max_norm, squares = (
     Symbol(name, per_element=False)
-    for name in (
-        *("base_lr", "log_beta1", "log_beta2", "direction", "grad_scale", "max_norm", "squares"),
-    )
+    for name in ("base_lr", "direction", "grad_scale", "max_norm", "squares")
 )
 
+# What an average with each of these betas is divided by to correct its bias.
+BIASES: Mapping[Symbol, Symbol] = {beta1: bias1, beta2: bias2, beta3: bias3}
+
 # Kingma & Ba 2015, Algorithm 1: 1 - beta^t, without its cancellation
-BIAS1 = -expm1(schedule.t * log_beta1)
-BIAS2 = -expm1(schedule.t * log_beta2)
+CORRECTIONS: Mapping[Symbol, Expr] = {
+    bias1: -expm1(schedule.t * log_beta1),
+    bias2: -expm1(schedule.t * log_beta2),
+    bias3: -expm1(schedule.t * log_beta3),
+}
 
 # Unscaled, limited to `max_norm` by the root of `squares`, the sum of the squares of all gradients
 # as they come (torch.nn.utils.clip_grad_norm_; Pascanu et al. 2013, Algorithm 1), up or down.
@@ -60,8 +68,7 @@ GRADIENT_FACTOR = direction * (
 # Every scalar that a step derives from its inputs.
 DERIVED: Mapping[Symbol, Expr] = {
     lr: base_lr * schedule.FACTOR,
-    bias1: BIAS1,
-    bias2: BIAS2,
+    **CORRECTIONS,
     progress: schedule.PROGRESS,
     gradient_factor: GRADIENT_FACTOR,
 }
@@ -87,7 +94,7 @@ def bias_of(beta: Expr) -> Expr:
     """What an average with this beta is divided by to correct its bias."""
     if isinstance(beta, Constant):
         return -expm1(schedule.t * math.log(beta.value))
-    return {beta1: bias1, beta2: bias2}[beta]
+    return BIASES[beta]
 
 
 # Loshchilov & Hutter 2019, Algorithm 2: decay apart from the gradient. p - lr * (wd * p) and not
@@ -98,7 +105,8 @@ DECAY = weight_decay * p
 # what is the same for all groups of a step, and what a group of parameters brings to it.
 STEP_INPUTS = (grad_scale, max_norm, squares)
 GROUP_INPUTS = (
-    *(base_lr, weight_decay, beta1, beta2, log_beta1, log_beta2, eps, clip, direction),
+    *(base_lr, weight_decay, beta1, beta2, beta3, log_beta1, log_beta2, log_beta3),
+    *(eps, clip, direction),
     *(schedule.warmup_steps, schedule.total_steps, schedule.training_steps),
 )
 
@@ -140,6 +148,7 @@ def scalar_values(
     weight_decay: float,
     beta1: float,
     beta2: float,
+    beta3: float,
     eps: float,
     clip: float,
     t: int,
@@ -147,14 +156,14 @@ def scalar_values(
     training_steps: float = math.inf,
 ) -> dict[str, float]:
     """The values of the scalar symbols, by name, in step `t` (from 1) of `training_steps`."""
-    corrections = _corrections(t=t, log_beta1=log_of(beta1), log_beta2=log_of(beta2))
+    betas = {"beta1": beta1, "beta2": beta2, "beta3": beta3}
+    logarithms = {f"log_{name}": log_of(beta) for name, beta in betas.items()}
+    corrections = _corrections(t=t, **logarithms)
     return {
         "lr": lr,
         "weight_decay": weight_decay,
-        "beta1": beta1,
-        "beta2": beta2,
-        "bias1": corrections[0],
-        "bias2": corrections[1],
+        **betas,
+        **{bias.name: x for bias, x in zip(CORRECTIONS, corrections, strict=True)},
         "eps": eps,
         "clip": clip,
         "progress": _progress(t=float(t), training_steps=training_steps)[0],
@@ -163,7 +172,7 @@ def scalar_values(
     }
 
 
-_corrections = compiled(BIAS1, BIAS2)
+_corrections = compiled(*CORRECTIONS.values())
 _progress = compiled(schedule.PROGRESS)
 
 
@@ -181,6 +190,7 @@ def genome_scalars(
         weight_decay=genome.weight_decay,
         beta1=genome.beta1,
         beta2=genome.beta2,
+        beta3=genome.beta3,
         eps=genome.eps,
         clip=genome.clip_value,
         t=t,

@@ -49,6 +49,8 @@ def check_group(group: dict[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay"):
         nonnegative(name, group[name])
     beta_pair(group["betas"])
+    if genome.reads_beta3:
+        nonnegative("beta3", group["beta3"], 1.0)
     if group.get("amsgrad"):  # of torch's Adam
         raise OptimizerError("amsgrad=True asks for a rule that no genome has; set it to False")
     if group.get("decoupled_weight_decay") is False and group["weight_decay"]:
@@ -126,8 +128,8 @@ def check_not_captured(tensors: Iterable[torch.Tensor]) -> None:
 
 def check_numbers(group: dict[str, Any]) -> None:
     """Raises OptimizerError for tensors in a captured step whose values are read on the host."""
-    for name in ("betas", "eps", "weight_decay"):
-        value = group[name]
+    for name in ("betas", "beta3", "eps", "weight_decay"):
+        value = group.get(name)
         if any(map(torch.is_tensor, value if isinstance(value, (tuple, list)) else (value,))):
             raise OptimizerError(
                 f"{name} of a captured step must be numbers, which it keeps for ever: a tensor is "

@@ -50,8 +50,8 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
 
     Each group has ``genome``, ``lr``, ``betas``, ``eps``, ``weight_decay``, ``total_steps``,
     ``maximize``, ``state_dtype``, ``stochastic_rounding`` and ``seed``. The first five come from
-    the genome where a group does not give its own; learning-rate schedulers change ``lr``, on which
-    the genome's own warmup and cosine then act.
+    the genome where a group does not give its own, and so does ``beta3`` where a term reads it;
+    learning-rate schedulers change ``lr``, on which the genome's own warmup and cosine then act.
 
     State of each parameter, from its first gradient on: ``step`` (float64, 0-d: the steps in which
     it had a gradient), and as far as the rule reads them ``exp_avg`` and ``exp_avg_sq`` (moments,
@@ -129,6 +129,7 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
         genome = param_group.get("genome", self.defaults["genome"])
         check_genome(genome)
         super().add_param_group({**_genome_options(genome), **param_group})
+        _fit_options(self.param_groups[-1])  # torch has added those of the first genome
         try:
             check_group(self.param_groups[-1])
             for parameter in self.param_groups[-1]["params"]:
@@ -236,6 +237,7 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
         members, waiting, states = [], [], []
         position = 0
         for group in self.param_groups:
+            _fit_options(group)  # the genome may be another one by now
             check_group(group)
             rule = lower(group["genome"])
             for parameter in dict.fromkeys(group["params"]):  # of duplicates torch warns
@@ -301,6 +303,7 @@ def _prepare_to_load(
         group = {**ours, **theirs}  # a state of torch's Adam brings no genome
         if isinstance(group["genome"], dict):
             group["genome"] = Genome.from_dict(group["genome"])
+        _fit_options(group)
         check_group(group)
         groups.append(group)
         # also those that another rule has kept
@@ -359,10 +362,22 @@ def _select(rule: Rule, parameter: torch.Tensor, backend: str) -> Backend:
 
 
 def _genome_options(genome: Genome) -> dict[str, Any]:
-    return {
+    options = {
         "genome": genome,
         "lr": genome.lr,
         "betas": (genome.beta1, genome.beta2),
         "eps": genome.eps,
         "weight_decay": genome.weight_decay,
     }
+    _fit_options(options)
+    return options
+
+
+def _fit_options(group: dict[str, Any]) -> None:
+    """Give a group ``beta3`` if a term of its genome reads it; others are as AdamW has them."""
+    genome = group["genome"]
+    check_genome(genome)
+    if genome.reads_beta3:
+        group.setdefault("beta3", genome.beta3)
+    else:
+        group.pop("beta3", None)

@@ -46,6 +46,11 @@ class Member:
             float(self.group["total_steps"]) if self.rule.reads_progress else math.inf,
         )
 
+    @functools.cached_property  # every step asks
+    def reads_beta3(self) -> bool:
+        """Whether the group has that number, and not only the pair ``betas``."""
+        return self.rule.genome.reads_beta3
+
     @property
     def place(self) -> Place | None:
         """Where its steps are counted, None for here."""
@@ -270,13 +275,16 @@ def _group_inputs(member: Member, lr: float | torch.Tensor) -> tuple[float | tor
     """What a member's group brings to a step: the values of `GROUP_INPUTS`."""
     group = member.group
     beta1, beta2 = beta_pair(group["betas"])
+    beta3 = nonnegative("beta3", group["beta3"], 1.0) if member.reads_beta3 else 0.0
     return (
         lr,
         nonnegative("weight_decay", group["weight_decay"]),
         beta1,
         beta2,
+        beta3,
         log_of(beta1),
         log_of(beta2),
+        log_of(beta3),
         nonnegative("eps", group["eps"]),
         *member.fixed_inputs,
     )

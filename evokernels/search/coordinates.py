@@ -20,13 +20,14 @@ import math
 import numpy as np
 
 from evokernels.genome import Genome
-from evokernels.search.operators import ALPHA, NUMERIC, RATES
+from evokernels.search.operators import ALPHA, BETA3, NUMERIC, RATES
 
 __all__ = ["NUMBERS", "Coordinates"]
 
 DECADES = ("lr_log10", "eps_log10", "wd_log10")
-BETAS = ("beta1", "beta2")
+BETAS = ("beta1", "beta2", "beta3")
 NUMBERS = (*DECADES, *BETAS)
+GENES = {**NUMERIC, "beta3": BETA3}
 WEIGHT_LIMITS = (1e-4, ALPHA.limits[1])  # of its size; the least is as good as none
 
 
@@ -54,7 +55,7 @@ class Coordinates:
         where that is outside of it."""
         low, high = (
             self._offsets(
-                [NUMERIC[name].limits[end] for name in self.numbers],
+                [GENES[name].limits[end] for name in self.numbers],
                 [WEIGHT_LIMITS[end]] * len(self.weights),
             )
             for end in (0, 1)

@@ -1,7 +1,7 @@
 """Random genomes, crossover and mutation, with the ranges and rates of the source system.
 
 Every function takes its generator as an argument and returns a valid genome whose explored fields
-lie within `NUMERIC` or are inherited from a parent.
+lie within `NUMERIC` and `BETA3` or are inherited from a parent.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from evokernels.genome import CATALOGUES, Genome, OwnTerm, Term
 
 __all__ = [
     "ALPHA",
+    "BETA3",
     "FLAGS",
     "NUMERIC",
     "RATES",
@@ -41,6 +42,12 @@ class Gene:
         low, high = self.limits
         return min(max(value, low), high)
 
+    def mutated(self, value: float, rng: random.Random, rates: Rates) -> float:
+        """The value, or one nearby within the limits."""
+        if self.spread and rng.random() < rates.number:
+            return self.clamp(value + rng.gauss(0.0, rates.sigma * self.spread))
+        return value
+
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
@@ -65,6 +72,8 @@ NUMERIC = {
     "wd_log10": Gene(start=(-5.0, -3.0), limits=(-6.0, -2.0), spread=1.0),
     "clip_value": Gene(start=(0.5, 2.0), limits=(0.5, 2.0), spread=0.0),
 }
+# Of genomes with a term that reads it; drawn behind all else, which other genomes have alike.
+BETA3 = Gene(start=(0.9, 0.9999), limits=(0.0, 0.9999), spread=0.1)
 ALPHA = Gene(start=(-1.0, 1.0), limits=(-5.0, 5.0), spread=1.0)
 WARMUP_STEPS = (50, 200)
 START_TERMS = 3
@@ -98,13 +107,14 @@ def start_population(
 def random_genome(rng: random.Random, max_terms: int, terms: Terms = CLASSIC) -> Genome:
     """A genome of one to three ``terms`` (at most ``max_terms``), drawn from the start ranges."""
     count = rng.randint(1, min(START_TERMS, max_terms))
-    return Genome(
+    stranger = Genome(
         term_types=[rng.choice(terms) for _ in range(count)],
         alphas=[rng.uniform(*ALPHA.start) for _ in range(count)],
         warmup_steps=rng.randint(*WARMUP_STEPS),
         **{name: rng.uniform(*gene.start) for name, gene in NUMERIC.items()},
         **{name: rng.random() < probability for name, probability in FLAGS.items()},
     )
+    return _with_new_beta3(stranger, rng)
 
 
 def crossover(first: Genome, second: Genome, rng: random.Random, max_terms: int) -> Genome:
@@ -118,7 +128,7 @@ def crossover(first: Genome, second: Genome, rng: random.Random, max_terms: int)
     def joined(ours: Sequence, theirs: Sequence) -> list:
         return [*ours[:head], *theirs[tail:]][:max_terms]
 
-    return Genome(
+    child = Genome(
         term_types=joined(first.term_types, second.term_types),
         alphas=joined(first.alphas, second.alphas),
         **{
@@ -126,6 +136,10 @@ def crossover(first: Genome, second: Genome, rng: random.Random, max_terms: int)
             for name in (*NUMERIC, *FLAGS, "warmup_steps")
         },
     )
+    if not child.reads_beta3:
+        return child
+    having = [parent for parent in (first, second) if parent.reads_beta3]
+    return dataclasses.replace(child, beta3=rng.choice(having).beta3)
 
 
 def mutate(
@@ -136,11 +150,9 @@ def mutate(
     A number that mutates is clamped into its limits: no decay at all (``wd_log10 = -inf``)
     becomes the smallest decay that the search explores.
     """
-    changes: dict[str, float | bool] = {}
-    for name, gene in NUMERIC.items():
-        if gene.spread and rng.random() < rates.number:
-            step = rng.gauss(0.0, rates.sigma * gene.spread)
-            changes[name] = gene.clamp(getattr(genome, name) + step)
+    changes: dict[str, float | bool] = {
+        name: gene.mutated(getattr(genome, name), rng, rates) for name, gene in NUMERIC.items()
+    }
     for name in FLAGS:
         if rng.random() < rates.flag:
             changes[name] = not getattr(genome, name)
@@ -152,7 +164,19 @@ def mutate(
     if rng.random() < rates.structure:
         weighted = _restructured(weighted, rng, max_terms, terms)
     term_types, alphas = zip(*weighted, strict=True)
-    return dataclasses.replace(genome, term_types=term_types, alphas=alphas, **changes)
+    mutant = dataclasses.replace(genome, term_types=term_types, alphas=alphas, **changes)
+    if not genome.reads_beta3:
+        return _with_new_beta3(mutant, rng)
+    if not mutant.reads_beta3:
+        return mutant
+    return dataclasses.replace(mutant, beta3=BETA3.mutated(genome.beta3, rng, rates))
+
+
+def _with_new_beta3(genome: Genome, rng: random.Random) -> Genome:
+    """A genome whose parents had none, if it has to have one."""
+    if not genome.reads_beta3:
+        return genome
+    return dataclasses.replace(genome, beta3=rng.uniform(*BETA3.start))
 
 
 def _mutated_alpha(alpha: float, rng: random.Random, rates: Rates) -> float:

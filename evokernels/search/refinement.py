@@ -27,7 +27,8 @@ from evokernels.search.score import Score
 
 __all__ = ["LEAST_EVALUATIONS", "Refinement", "State", "generation_size"]
 
-# A generation in the ten dimensions that a genome has at most, and its mean afterwards.
+# A generation in the ten dimensions that a genome of classic terms has at most, and its mean
+# afterwards.
 LEAST_EVALUATIONS = 11
 
 # The utilities of ENES fall from 1 to 0 over the better half: a quarter on average. With this rate

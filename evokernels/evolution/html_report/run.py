@@ -281,9 +281,10 @@ def _changes(member: Member) -> str:
     if parent is None:
         return "–"
     changed = []
+    both = parent.genome.to_dict().keys() & member.genome.to_dict().keys()  # beta3 may be new
     for field in dataclasses.fields(Genome):
         before, after = (getattr(each.genome, field.name) for each in (parent, member))
-        if before == after or field.name in ("term_types", "alphas"):
+        if before == after or field.name in ("term_types", "alphas") or field.name not in both:
             continue
         if isinstance(after, bool):
             changed.append(f"{field.name} {'on' if after else 'off'}")
