@@ -43,6 +43,7 @@ from evokernels.kernels.rounding import random_bits, round_to_bfloat16_stochasti
 from evokernels.terms import (
     average,
     beta1,
+    beta3,
     clip,
     eps,
     exp,
@@ -70,7 +71,7 @@ BATCH = 50  # cases that a worker is given at once
 # Rules of these and of the wide catalogue have as many structures: compiling takes its time.
 STRUCTURES = 12
 OWN = {
-    "FUZZ_SLOW": progress * average(g, 0.99) + p / 8,
+    "FUZZ_SLOW": progress * average(g, beta3) + p / 8,
     "FUZZ_SQUARES": average(g, 0.5) / (sqrt(average(g * g, beta1)) + eps),
     "FUZZ_MOMENTS": tanh(average(m_before + g, 0.99)) * exp(-abs(g)) + log1p(v_hat),
     "FUZZ_CHOICE": where(g > m_before, clip(m, -0.5, progress), g * exp(-progress)) + tanh(v) * p,
@@ -389,6 +390,7 @@ def wide_genome(seed: int) -> Genome:
         wd_log10=r.uniform(-6, -1) if structure.random() < 0.5 else -math.inf,
         use_cosine_decay=r.random() < 0.3,
         **{flag: structure.random() < 0.7 for flag in flags},
+        beta3=r.choice([0.0, r.uniform(0.5, 0.9999)]),
     )
 
 

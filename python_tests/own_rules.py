@@ -15,6 +15,7 @@ from evokernels.terms import (
     average,
     beta1,
     beta2,
+    beta3,
     clip,
     eps,
     exp,
@@ -35,7 +36,7 @@ from evokernels.terms import (
 __all__ = ["AVERAGED", "FORMULAS", "WIDE", "averages_by_operand", "rule_of"]
 
 AVERAGED = {
-    "one average": average(g, 0.99),
+    "one average": average(g, beta3),
     "two averages": average(g, 0.9) / (sqrt(average(g * g, beta2)) + eps),
     "four averages": (average(g, beta1) + average(abs(g), 0.5) * m)
     / (sqrt(average(g * g, beta2)) + abs(average(g, beta2)) + 1),

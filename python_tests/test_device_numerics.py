@@ -38,7 +38,7 @@ from evokernels.kernels.memory import memory_order, overlaps_itself
 from evokernels.kernels.plan import ARITHMETIC, BoundTensor, Numbers, Rounding
 from evokernels.kernels.registry import BACKENDS
 from evokernels.kernels.rounding import random_bits
-from evokernels.terms import beta1, beta2, clip, exp, log1p, progress, sign, tanh, where
+from evokernels.terms import beta1, beta2, beta3, clip, exp, log1p, progress, sign, tanh, where
 
 # of vectors of two to eight elements, of chunks, of what all threads of a block take at a time
 SIZES = [0, 1, 2, 7, 8, 9, 1023, 1024, 1025, 2047, 2049, 4097, 8192, 8193]
@@ -870,8 +870,12 @@ def test_a_rule_may_have_more_numbers_than_a_block_has_threads(target):
 
 @pytest.mark.parametrize("beta", [0.5, 0.9, 0.999, 0.999999])
 def test_averages_have_their_bias_corrected(target, beta):
-    rule = rule_of(terms.average(terms.g, beta), use_bias_correction=True, **ALONE)
-    for _, t, moved in changes(target, [rule], None):
+    """Whether the beta is a number of the formula or of the genome."""
+    rules = [
+        rule_of(terms.average(terms.g, each), use_bias_correction=True, beta3=beta, **ALONE)
+        for each in (beta, beta3)
+    ]
+    for rule, t, moved in changes(target, rules, None):
         weight = (1 - np.longdouble(beta)) / (1 - np.longdouble(beta) ** t)
         assert moved == pytest.approx(float(rule.lr * weight), rel=1e-14), t
 

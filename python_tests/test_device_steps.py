@@ -302,11 +302,12 @@ def test_a_learning_rate_that_the_kernel_cannot_read_is_asked_for_its_value(reco
         ("betas", (0.9, torch.tensor(0.99))),
         ("eps", torch.tensor(1e-8)),
         ("weight_decay", torch.tensor(0.1)),
+        ("beta3", torch.tensor(0.9)),
     ],
 )
 def test_tensors_that_only_a_capture_would_read_are_refused(recording, capture, name, value):
     params = parameters()
-    optimizer = optimizer_of(params)
+    optimizer = optimizer_of(params, rule_of(AVERAGED["one average"]))
     optimizer.param_groups[0][name] = value
     optimizer.step()
     before = copy.deepcopy(params)

@@ -39,12 +39,15 @@ from evokernels.kernels.plan import ARITHMETIC, Numbers
 from evokernels.terms import (
     average,
     beta1,
+    beta3,
+    eps,
     exp,
     g,
     log1p,
     m,
     m_before,
     progress,
+    sqrt,
     tanh,
     v_hat,
     where,
@@ -89,6 +92,7 @@ def test_random_genomes_match_the_reference(backend, dtype):
 OWN = {
     "squashed": own(tanh(3 * g), log1p(abs(average(g, 0.9))), lr_log10=-1, use_m=False),
     "damped": own(exp(-abs(average(g, beta1))) * m, progress * g / (1 + v_hat), lr_log10=-1),
+    "slow": own(m, average(g, beta3) / (sqrt(v_hat) + eps), lr_log10=-1, eps_log10=-2, beta3=0.97),
     "masked": own(where(g * average(g, 0.5) > 0, average(g, 0.5) * g, 0.0), m_before, lr_log10=-1),
     "full": FULL,
 }

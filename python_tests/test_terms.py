@@ -42,6 +42,7 @@ from evokernels.terms import (
     average,
     beta1,
     beta2,
+    beta3,
     clip,
     eps,
     exp,
@@ -82,11 +83,14 @@ def _no_terms_are_left(monkeypatch):
     monkeypatch.setattr(terms, "_registered", {})
 
 
-# In the second step: m = 0.3 and v = 0.4 are corrected, betas 0.5 and 0.75; m_before = 0.2.
+# In the second step: m = 0.3 and v = 0.4 are corrected, betas 0.5, 0.75 and 0.8; m_before = 0.2.
 BEFORE = {"p": 2.0, "g": -0.5, "m": 0.2, "v": 0.3}
 M, V, EPS = 0.5 * 0.2 + 0.5 * -0.5, 0.75 * 0.3 + 0.25 * 0.25, 1e-4
 M_HAT, V_HAT = M / 0.75, V / 0.4375
-PLAIN = {"lr_log10": 0.0, "beta1": 0.5, "beta2": 0.75, "eps_log10": -4.0, "wd_log10": -math.inf}
+PLAIN = {
+    **{"lr_log10": 0.0, "beta1": 0.5, "beta2": 0.75, "beta3": 0.8},
+    **{"eps_log10": -4.0, "wd_log10": -math.inf},
+}
 
 # formula, what it comes to without and with bias correction
 BY_HAND = [
@@ -100,6 +104,8 @@ BY_HAND = [
     (progress * g, -0.1, -0.1),
     (average(g, 0.9), -0.05, -0.05 / 0.19),
     (average(g * g, beta2), 0.0625, 0.0625 / 0.4375),
+    (average(g, beta3), -0.1, -0.1 / 0.36),
+    (average(g, beta3) + beta3 * m, -0.1 + 0.8 * M, -0.1 / 0.36 + 0.8 * M_HAT),
     (average((g - m) ** 2, beta1), (-0.5 - M) ** 2 / 2, (-0.5 - M) ** 2 / 2 / 0.75),
     (average(m_hat + m_before, 0.9), 0.1 * (M_HAT + 0.2), 0.1 * (M_HAT + 0.2) / 0.19),
     (exp(g), math.exp(-0.5), math.exp(-0.5)),
@@ -163,7 +169,7 @@ def random_own_genome(seed):
     rng = random.Random(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TermWarning)
-        beta = rng.choice((beta1, beta2, rng.uniform(0.1, 0.99)))
+        beta = rng.choice((beta1, beta2, beta3, rng.uniform(0.1, 0.99)))
         kept = average(g + random_formula(rng), beta)
         own = [
             register(f"OWN{seed}A", g + random_formula(rng)),
@@ -176,6 +182,7 @@ def random_own_genome(seed):
         lr_log10=rng.uniform(-3, -1),
         beta1=rng.uniform(0.0, 0.99),
         beta2=rng.uniform(0.5, 0.999),
+        beta3=rng.uniform(0.5, 0.999),
         eps_log10=rng.uniform(-8, -2),
         **{
             flag: rng.random() < 0.6
@@ -233,6 +240,8 @@ UNLIKE = [
     (maximum(progress, 0.8) * g, 0.8 * g, {}),
     (minimum(1000 * progress, 1) * g, g, {}),
     (tanh(0.5 * g + m), tanh(g + 0.5 * m), {}),
+    # with one number for both betas
+    (average(g, beta2), average(g, beta3), {"beta2": 0.99}),
 ]
 ALIKE = [
     (2 * g + m, m + g + g, {}),
@@ -288,14 +297,36 @@ def cautious_adam(p, g, state, lr, t):
     return p - lr * (update * (update * g > 0)) - lr * 0.01 * p
 
 
-REFERENCES = {"lion": lion, "adabelief": adabelief, "cautious_adam": cautious_adam}
+def ademamix(p, g, state, lr, t):
+    """Pagliardini et al. 2024, Algorithm 1, with constant alpha = 5 and beta3 = 0.9999."""
+    state["m1"] = m1 = 0.9 * state.get("m1", torch.zeros_like(p)) + 0.1 * g
+    state["m2"] = m2 = 0.9999 * state.get("m2", torch.zeros_like(p)) + (1 - 0.9999) * g
+    state["v"] = v = 0.999 * state.get("v", torch.zeros_like(p)) + 0.001 * g * g
+    update = (m1 / (1 - 0.9**t) + 5 * m2) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+    return p - lr * (update + 0.01 * p)
+
+
+def ademamix_rule():
+    """As docs/terms.md has it: without the flag the slow average stays as it is."""
+    register("FAST", m_hat / (sqrt(v_hat) + eps))
+    register("SLOW", average(g, beta3) / (sqrt(v_hat) + eps))
+    options = {"beta3": 0.9999, "wd_log10": -2.0, "use_bias_correction": False}
+    return Genome(["FAST", "SLOW"], [1.0, 5.0], **options)
+
+
+REFERENCES = {
+    "lion": lion,
+    "adabelief": adabelief,
+    "cautious_adam": cautious_adam,
+    "ademamix": ademamix,
+}
 
 
 @pytest.mark.parametrize("name", REFERENCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (63,), (17, 241)])
 def test_the_zoo_equals_reference_implementations(name, dtype, shape):
-    rule = zoo.WIDE[name]
+    rule = ademamix_rule() if name == "ademamix" else zoo.WIDE[name]
     torch.manual_seed(0)
     start, state, exact_state = torch.randn(shape, dtype=dtype), {}, {}
     parameter = torch.nn.Parameter(start.clone())
@@ -448,14 +479,15 @@ def test_genomes_hold_own_terms_by_name(tmp_path):
 
 
 def test_pickled_genomes_bring_their_terms():
-    rule = Genome([register("SQUASHED", tanh(g) * average(m, beta2))])
+    rule = Genome([register("SQUASHED", tanh(g) * average(m, beta3))], beta3=0.75)
     sent = pickle.dumps(rule)
     code = (
         "import pickle, sys; rule = pickle.load(sys.stdin.buffer); "
-        "from evokernels.compiler.canonical import canonical_key; print(canonical_key(rule))"
+        "from evokernels.compiler.canonical import canonical_key; "
+        "print(rule.beta3, rule.reads_beta3, canonical_key(rule))"
     )
     told = subprocess.run([sys.executable, "-c", code], input=sent, capture_output=True, check=True)
-    assert told.stdout.decode().strip() == canonical_key(rule)
+    assert told.stdout.decode().split() == ["0.75", "True", canonical_key(rule)]
     genome._own_terms.clear()
     register("SQUASHED", tanh(m))
     with pytest.raises(TermError, match="SQUASHED is"):
@@ -531,7 +563,7 @@ def test_terms_from_a_file(tmp_path):
 
 def test_a_run_with_own_terms_resumes_and_knows_its_formulas(tmp_path):
     """In worker processes, which nobody has told of the terms."""
-    register("DAMPED", g / (1 + average(abs(g), 0.5)))
+    register("DAMPED", g / (1 + average(abs(g), beta3)))
     search = GeneticConfig(
         population=8, generations=2, elites=1, tournament=2, own_terms=terms.definitions()
     )
@@ -539,8 +571,9 @@ def test_a_run_with_own_terms_resumes_and_knows_its_formulas(tmp_path):
     runs = [run.evolve(settings, tmp_path / f"{workers}", workers=workers) for workers in (1, 2)]
     assert runs[0].history == runs[1].history
     text = (tmp_path / "1" / "journal.sqlite").read_bytes()
-    assert b"DAMPED = g / (1 + average(|g|, 0.5))" in text
+    assert b"DAMPED = g / (1 + average(|g|, beta3))" in text
     assert b'"DAMPED"' in text  # in a genome
+    assert b'"beta3": 0.9' in text
     resumed = run.evolve(settings, tmp_path / "1")
     assert (resumed.evaluations, resumed.best) == (0, runs[0].best)
     genome._own_terms.clear()

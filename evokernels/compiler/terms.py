@@ -105,9 +105,9 @@ DECAY = weight_decay * p
 # what is the same for all groups of a step, and what a group of parameters brings to it.
 STEP_INPUTS = (grad_scale, max_norm, squares)
 GROUP_INPUTS = (
-    *(base_lr, weight_decay, beta1, beta2, beta3, log_beta1, log_beta2, log_beta3),
-    *(eps, clip, direction),
+    *(base_lr, weight_decay, beta1, beta2, log_beta1, log_beta2, eps, clip, direction),
     *(schedule.warmup_steps, schedule.total_steps, schedule.training_steps),
+    *(beta3, log_beta3),  # of groups whose rule reads them
 )
 
 # What a term sees as m and v is the corrected moment, or what stands in for an unused one. Within

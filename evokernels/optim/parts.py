@@ -36,7 +36,7 @@ class Member:
 
     @functools.cached_property
     def fixed_inputs(self) -> tuple[float, ...]:
-        """The last values of `GROUP_INPUTS`, from clip on: others mean binding again."""
+        """The values of `GROUP_INPUTS` from clip to training_steps: others mean binding again."""
         genome = self.rule.genome
         return (
             # a limit that is not there is infinite in the weights of the rule
@@ -275,19 +275,26 @@ def _group_inputs(member: Member, lr: float | torch.Tensor) -> tuple[float | tor
     """What a member's group brings to a step: the values of `GROUP_INPUTS`."""
     group = member.group
     beta1, beta2 = beta_pair(group["betas"])
-    beta3 = nonnegative("beta3", group["beta3"], 1.0) if member.reads_beta3 else 0.0
     return (
         lr,
         nonnegative("weight_decay", group["weight_decay"]),
         beta1,
         beta2,
-        beta3,
         log_of(beta1),
         log_of(beta2),
-        log_of(beta3),
         nonnegative("eps", group["eps"]),
         *member.fixed_inputs,
+        *(_beta3(group) if member.reads_beta3 else _NO_BETA3),
     )
+
+
+_NO_BETA3 = (0.0, -math.inf)
+
+
+def _beta3(group: dict[str, Any]) -> tuple[float, float]:
+    """It and its logarithm."""
+    beta3 = nonnegative("beta3", group["beta3"], 1.0)
+    return beta3, log_of(beta3)
 
 
 def _step_inputs(scaling: Scaling, squares: Callable[[], float]) -> tuple[float, ...]:
