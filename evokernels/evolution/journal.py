@@ -339,16 +339,23 @@ def _check(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
         (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
         if verdict != "ok":
             raise sqlite3.DatabaseError(" ".join(verdict.split()))
-        # what lies inside a value is not SQLite's to check
+        (text,) = connection.execute("SELECT settings FROM run").fetchone()
+        (evaluations,) = connection.execute("SELECT count(*) FROM evaluation").fetchone()
+        if not evaluations:
+            return  # a run that failed at its start, perhaps because of its settings
+        _check_settings(path, json.loads(text), settings)
+        # what lies inside a value is not SQLite's to check; with other terms it could not be read
         for row in connection.execute(f"SELECT {COLUMNS} FROM evaluation"):
             _entry(row)
         for (genome,) in connection.execute("SELECT genome FROM candidate"):
             individual_from_json(genome)
-        (text,) = connection.execute("SELECT settings FROM run").fetchone()
-        (evaluations,) = connection.execute("SELECT count(*) FROM evaluation").fetchone()
-    if not evaluations:
-        return  # a run that failed at its start, perhaps because of its settings
-    recorded, given = ({**BEFORE, **values} for values in (json.loads(text), settings))
+
+
+def _check_settings(
+    path: pathlib.Path, recorded: Mapping[str, Any], given: Mapping[str, Any]
+) -> None:
+    """Raises JournalError where those of a run have changed."""
+    recorded, given = ({**BEFORE, **values} for values in (recorded, given))
     differing = [
         f"{name} {json.dumps(recorded.get(name))} (now {json.dumps(given.get(name))})"
         for name in sorted({*recorded, *given})
