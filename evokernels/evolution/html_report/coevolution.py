@@ -325,7 +325,8 @@ def _pareto(
         [
             Text(
                 f"Each of {len(pairs):,} pairs as the search measured it; on the front are "
-                "those that no other surpasses with as few parameters. {note}."
+                "those that no other surpasses with as few parameters. "
+                f"{note}."
             ),
             Picture("Accuracy against parameters", svg, legend),
             Table(
