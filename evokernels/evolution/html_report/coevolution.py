@@ -73,8 +73,8 @@ def coevolution_page(
         _subtitle(settings),
         [
             ("test fitness of the pair", f"{best.mean:.4f}", f"{OWN}: {own.mean:.4f}"),
-            ("ahead, seed by seed", f"{result.lead.mean:+.4f}", f"± {result.lead.error:.4f}"),
-            ("selection bias", f"{result.winner.bias.mean:+.4f}", "search less fresh seeds"),
+            ("ahead, seed by seed", parts.signed(result.lead.mean), f"± {result.lead.error:.4f}"),
+            ("selection bias", parts.signed(result.winner.bias.mean), "search less fresh seeds"),
             _trained(settings, result.history),
         ],
         [

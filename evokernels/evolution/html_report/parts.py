@@ -27,6 +27,7 @@ __all__ = [
     "luck",
     "machine_section",
     "number",
+    "signed",
     "spread_pictures",
     "terms",
 ]
@@ -35,6 +36,11 @@ __all__ = [
 def number(value: float | None) -> str:
     """To four digits, as everywhere; a dash for nothing."""
     return "–" if value is None else f"{value:.4f}"
+
+
+def signed(value: float) -> str:
+    """To four digits, with its sign; nothing is +0."""
+    return f"{round(value, 4) + 0.0:+.4f}"
 
 
 def counted(count: int, noun: str) -> str:

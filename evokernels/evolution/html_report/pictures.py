@@ -99,6 +99,12 @@ def fitness(
                 **dict(color=COLOURS[colour], linestyle=style, marker=marker, markersize=size),
             )
         axes.grid(axis="y")
+        if all(value is None for values, _, style in lines if style == "-" for value in values):
+            axes.set_yticks([])
+            axes.text(
+                *(0.5, 0.5, "nothing was trained to the end"),
+                **dict(transform=axes.transAxes, ha="center", color=COLOURS["muted"]),
+            )
         _generations(axes, numbers)
         if failed:
             axes.set_xlabel("")

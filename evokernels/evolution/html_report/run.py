@@ -179,7 +179,7 @@ def _facts(settings: RunSettings, result: RunResult) -> list[tuple[str, str, str
     evolved, other = map(comparison.overall_fitness, ("evolved", best))
     return [
         ("test fitness of the winner", f"{evolved.mean:.4f}", f"{best}: {other.mean:.4f}"),
-        ("selection bias", f"{result.winner.bias.mean:+.4f}", "search less fresh seeds"),
+        ("selection bias", parts.signed(result.winner.bias.mean), "search less fresh seeds"),
         *_search_facts(search),
     ]
 
