@@ -34,7 +34,7 @@ from evokernels.evolution.html_report.ancestry import family_section
 from evokernels.evolution.html_report.family import family
 from evokernels.evolution.html_report.formula import mathml
 from evokernels.evolution.html_report.page import REPORT, Page, write
-from evokernels.evolution.html_report.pictures import dots, heat
+from evokernels.evolution.html_report.pictures import dots, heat, scatter
 from evokernels.evolution.html_report.running import RunningReport
 from evokernels.evolution.journal import JOURNAL, Entry
 from evokernels.evolution.lineage import Descent, Lineage, ancestors, better_line
@@ -484,6 +484,20 @@ def test_names_of_any_kind_stay_text():
         heat("b", [1, 2], {rude: [0.5, 1.0]}),
     ):
         assert rude in "".join(ElementTree.fromstring(svg).itertext())
+
+
+@pytest.mark.parametrize("error", [0.01, 0.9])
+def test_networks_of_one_size_and_wide_errors_are_drawn(error):
+    place = [824_458.0], [0.85]
+    svg = ElementTree.fromstring(
+        scatter(
+            "a", [(*place, "best", 1.0)], place, [(*place[0], Estimate(0.5, error), "bad")], "xy"
+        )
+    )
+    marks = [each for each in svg.iter() if each.tag.endswith("}use") and each.get("x")]
+    across = {each.get("x") for each in marks if "var(--best)" in each.get("style", "")}
+    assert len(across) == 1
+    assert 0 < float(across.pop()) < 316
 
 
 def test_a_rude_name_of_a_term_is_escaped(training, tmp_path, monkeypatch):

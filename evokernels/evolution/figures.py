@@ -41,9 +41,12 @@ def accuracy_axis(axes: Axes, top: float) -> None:
         axes: of the picture.
         top: the greatest accuracy.
     """
-    axes.set_yscale(
-        "function", functions=(lambda y: -np.log(ROOM - y), lambda z: ROOM - np.exp(-z))
-    )
+
+    def up(accuracy: np.ndarray) -> np.ndarray:
+        # error bars may end above 1, where they are cut off
+        return -np.log(np.maximum(ROOM - accuracy, 0.5 * (ROOM - 1.0)))
+
+    axes.set_yscale("function", functions=(up, lambda place: ROOM - np.exp(-place)))
     axes.set_yticks([tick for tick in TICKS if tick <= top + 0.05], minor=False)
 
 

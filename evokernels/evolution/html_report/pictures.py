@@ -241,6 +241,13 @@ def scatter(
             style = dict(color=COLOURS[colour], ecolor=COLOURS[colour], capsize=3, markersize=11)
             error = 0.0 if math.isnan(estimate.error) else estimate.error
             axes.errorbar([across], [estimate.mean], yerr=[error], fmt="*", **style)
+        places = [
+            *itertools.chain(*(across for across, *_ in groups)),
+            *(star[0] for star in stars),
+        ]
+        if places:  # networks of one size would have an axis without any width
+            room = max(1.3, (max(places) / min(places)) ** 0.05)
+            axes.set_xlim(min(places) / room, max(places) * room)
         axes.grid()
         axes.set_axisbelow(True)
         for axis in (axes.xaxis, axes.yaxis):
