@@ -7,6 +7,7 @@ import contextlib
 import os
 import pathlib
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -43,7 +44,9 @@ LOGS = "tensorboard"
 def exit_code(command: Callable[[], None], resume_hint: str) -> int:
     """Run a command; 0, or 2 after an error and 130 after Ctrl-C, each with one line on stderr."""
     try:
-        command()
+        with warnings.catch_warnings():
+            warnings.showwarning = _one_line
+            command()
     except EvokernelsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -51,6 +54,11 @@ def exit_code(command: Callable[[], None], resume_hint: str) -> int:
         print(f"interrupted; {resume_hint}", file=sys.stderr)
         return 130
     return 0
+
+
+def _one_line(message: Warning | str, category: type[Warning], *place: object) -> None:
+    """A warning as users need it, whichever line of ours it comes from; below a bar, if any."""
+    tqdm.write(f"{category.__name__}: {message}", file=sys.stderr)
 
 
 def run_exit_code(run: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:

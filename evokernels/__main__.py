@@ -140,7 +140,7 @@ def _export(genome: Genome, options: argparse.Namespace) -> None:
             f"{options.output!r} exists; choose another name, or --force to replace it"
         )
     try:
-        write_whole(options.output, text)
+        write_whole(options.output, text.encode())
     except OSError as error:
         raise ExportError(f"cannot write {options.output!r}: {error.strerror or error}") from None
 

@@ -16,18 +16,31 @@ from evokernels.errors import EvokernelsError
 __all__ = ["Document", "write_whole"]
 
 
-def write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file of which a reader never sees a half.
+def write_whole(
+    path: str | os.PathLike[str], content: bytes, unfinished: pathlib.Path | None = None
+) -> None:
+    """Write a file of which a reader never sees a half.
+
+    Args:
+        path: of the file.
+        content: of the file.
+        unfinished: a file beside it for what is not whole yet. Whoever is killed often gives one:
+            nothing else is ever left behind. None: one that no other process has.
 
     Raises:
-        OSError: it cannot be written; what was there before stays.
+        OSError: it cannot be written; what was there before stays, and nothing else.
     """
     path = pathlib.Path(path)
-    # deleted when left, unless it has become the result
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        part = pathlib.Path(folder, "part")
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
+    if unfinished is None:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            write_whole(path, content, pathlib.Path(folder, "part"))
+        return
+    try:
+        unfinished.write_bytes(content)
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)  # half a file would take what is left of a full disk
+        raise
 
 
 class Document:
@@ -112,7 +125,7 @@ class Document:
                 there before stays.
         """
         try:
-            write_whole(path, self.to_json())
+            write_whole(path, self.to_json().encode())
         except OSError as error:
             reason = error.strerror or error
             raise self.ERROR(f"cannot write {self.NOUN} {os.fspath(path)!r}: {reason}") from None

@@ -259,6 +259,33 @@ def test_without_elites_the_champions_are_met_all_the_same():
     assert left
 
 
+@pytest.mark.parametrize("elites", [0, 2])
+def test_a_state_says_who_the_parents_of_its_individuals_are(elites):
+    class Crossing:
+        """Individuals are a number and founders; a child has those of both."""
+
+        def start(self, size, rng):
+            return tuple((place, frozenset({place})) for place in range(size))
+
+        def crossover(self, first, second, rng):
+            return rng.random(), first[1] | second[1]
+
+        def mutate(self, individual, rng, progress):
+            return individual
+
+    search = Coevolution(dataclasses.replace(SMALL, elites=elites), Crossing(), Crossing())
+    states, _ = play(search, noise)
+    assert states[0].parents == (((),) * 7, ((),) * 5)
+    assert states[-1].parents == ((), ())
+    for before, state in itertools.pairwise(states[:-1]):
+        for side in (0, 1):
+            known, parents = before.populations[side], state.parents[side]
+            assert list(map(len, parents)) == [1] * elites + [2] * (len(known) - elites)
+            for each, places in zip(state.populations[side], parents, strict=True):
+                assert each[1] == frozenset().union(*(known[place][1] for place in places))
+                assert len(places) == 2 or each == known[places[0]]
+
+
 def test_the_best_pair_is_the_best_ever_told():
     for elites in (0, 2):
         states, asked = play(search_of(dataclasses.replace(SMALL, elites=elites)), smooth)

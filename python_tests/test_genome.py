@@ -405,7 +405,7 @@ def failing(*args, **kwargs):
 
 @pytest.mark.parametrize(
     ("module", "function"),
-    [(os, "replace"), (pathlib.Path, "write_text")],
+    [(os, "replace"), (pathlib.Path, "write_bytes")],
     ids=["replace", "write"],
 )
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "search": {"genome", "architecture", "errors", "zoo", "numpy"},
     "evolution": {
         *("search", "optim", "tasks", "compiler", "genome", "architecture", "zoo", "errors"),
-        *("torch", "numpy", "matplotlib", "tqdm", "pytorch_optimizer", "ray"),
+        *("document", "torch", "numpy", "matplotlib", "tqdm", "pytorch_optimizer", "ray"),
         *("jinja2", "tensorboard"),
     },
     # public names and nothing else, so nothing from outside

@@ -3,6 +3,9 @@ test_report_browser.py."""
 
 import dataclasses
 import json
+import multiprocessing
+import os
+import pathlib
 import re
 import sqlite3
 import statistics
@@ -27,10 +30,12 @@ from evokernels.evolution.fitness import genome_score
 from evokernels.evolution.history import Result, Spread, summarise
 from evokernels.evolution.html_report import parts as report_parts
 from evokernels.evolution.html_report import run as report_run
+from evokernels.evolution.html_report.ancestry import family_section
 from evokernels.evolution.html_report.family import family
 from evokernels.evolution.html_report.formula import mathml
 from evokernels.evolution.html_report.page import REPORT, Page, write
-from evokernels.evolution.html_report.pictures import dots, heat
+from evokernels.evolution.html_report.pictures import dots, heat, scatter
+from evokernels.evolution.html_report.running import RunningReport
 from evokernels.evolution.journal import JOURNAL, Entry
 from evokernels.evolution.lineage import Descent, Lineage, ancestors, better_line
 from evokernels.evolution.refining import Improvement
@@ -228,7 +233,12 @@ def test_a_run_killed_in_the_middle_leaves_the_same_report(training, tmp_path):
     whole, count = lasting(page_of(tmp_path / "whole")), len(training.trials)
     with killed_after(training, count // 2):
         evolve(settings, tmp_path / "killed")
-    assert not (tmp_path / "killed" / REPORT).exists()
+    part = page_of(tmp_path / "killed")
+    assert "Generation 1 of 3 had ended when this page was written" in text(part)
+    assert 'id="comparison"' not in part
+    assert 'id="luck"' not in part
+    (table,) = tables(section(part, "fitness"))
+    assert table == tables(section(page_of(tmp_path / "whole"), "fitness"))[0][:2]
     evolve(settings, tmp_path / "killed")
     assert lasting(page_of(tmp_path / "killed")) == whole
     (tmp_path / "whole" / REPORT).unlink()
@@ -293,7 +303,7 @@ def test_fifty_generations_of_fifty_genomes_make_a_small_report_quickly(tmp_path
     started = time.process_time()
     sections = [
         *report_run.fitness_sections(numbers, SETTINGS, history),
-        report_run.family_section(lineage, state.best.genome),
+        family_section("family", "the winner", lineage, state.best.genome),
         report_parts.terms(numbers, asked),
     ]
     write(tmp_path, lambda: Page("fifty", "", [], sections))
@@ -476,6 +486,20 @@ def test_names_of_any_kind_stay_text():
         assert rude in "".join(ElementTree.fromstring(svg).itertext())
 
 
+@pytest.mark.parametrize("error", [0.01, 0.9])
+def test_networks_of_one_size_and_wide_errors_are_drawn(error):
+    place = [824_458.0], [0.85]
+    svg = ElementTree.fromstring(
+        scatter(
+            "a", [(*place, "best", 1.0)], place, [(*place[0], Estimate(0.5, error), "bad")], "xy"
+        )
+    )
+    marks = [each for each in svg.iter() if each.tag.endswith("}use") and each.get("x")]
+    across = {each.get("x") for each in marks if "var(--best)" in each.get("style", "")}
+    assert len(across) == 1
+    assert 0 < float(across.pop()) < 316
+
+
 def test_a_rude_name_of_a_term_is_escaped(training, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "evokernels.evolution.html_report.parts.term_shares",
@@ -520,6 +544,84 @@ def test_a_run_without_its_report_is_complete(
     assert not (tmp_path / REPORT).exists()
     evolve(settings, tmp_path)
     assert (tmp_path / REPORT).exists()
+
+
+def test_a_search_whose_pages_fail_goes_on(training, tmp_path, monkeypatch):
+    settings = dataclasses.replace(SETTINGS, refine=0)
+
+    def wrong(*args):
+        raise ValueError("no page")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("evokernels.evolution.run.running_page", wrong)
+        with pytest.warns(ReportWarning, match="ValueError: no page.*; the run goes on") as warned:
+            evolve(settings, tmp_path)
+    assert len(warned) >= 1
+    assert "Not complete" not in page_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("each", "cost", "written"),
+    [(10.0, 0.05, [1, 2, 3, 4, 5, 6]), (10.0, 0.5, [1, 5]), (1e-3, 0.2, [1])],
+)
+def test_pages_of_a_running_search_take_a_hundredth_of_its_time(
+    tmp_path, monkeypatch, each, cost, written
+):
+    now = [0.0]
+    monkeypatch.setattr("evokernels.evolution.html_report.running.new_figure", sleeping(now, 5.0))
+    running, shown = RunningReport(tmp_path, 6, lambda: now[0]), []
+
+    def make(state):
+        now[0] += cost
+        shown.append(int(re.match(r"Generation (\d) of 6 had ended", state)[1]))
+        return Page("running", "", [], [], state)
+
+    for number in range(1, 7):
+        now[0] += each
+        running.show(number, make)
+    assert shown == written
+    assert "Running: running</title>" in page_of(tmp_path)
+
+
+def sleeping(now, seconds):
+    def sleep(*args):
+        now[0] += seconds
+
+    return sleep
+
+
+@pytest.mark.parametrize("wrong", ["write_bytes", "replace"])
+def test_what_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch, wrong):
+    path = tmp_path / "table.csv"
+    write_atomically(path, b"before")
+
+    def full(self, *args):
+        if wrong == "write_bytes":
+            self.touch()  # some of it is there
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((pathlib.Path, wrong) if wrong == "write_bytes" else (os, wrong)), full)
+        with pytest.raises(JournalError, match=r"table.csv: No space left on device; choose"):
+            write_atomically(path, b"after")
+    assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == {path.name: b"before"}
+
+
+def test_writes_that_are_killed_leave_one_file_at_most(tmp_path, monkeypatch):
+    """SIGKILL: nothing is cleaned up."""
+    path = tmp_path / "table.csv"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *args: os._exit(0))
+        for _ in range(2):
+            child = multiprocessing.get_context("fork").Process(
+                target=write_atomically, args=(path, b"half")
+            )
+            child.start()
+            child.join()
+            assert child.exitcode == 0
+    assert len(list(tmp_path.iterdir())) == 1
+    write_atomically(path, b"whole")
+    assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == {path.name: b"whole"}
 
 
 def test_names_that_are_no_text_do_not_keep_a_report_from_being_written(tmp_path):
@@ -578,6 +680,39 @@ def test_a_coevolution_has_a_report(training, tmp_path, monkeypatch):
             )
             assert row[cell] == shown(best)
     assert formula(result.best.pair.optimizer) in section(page, "winner")
+    for side, individual, condition in (
+        ("architecture", result.best.pair.architecture, "place < 5"),
+        ("optimizer", result.best.pair.optimizer, "place >= 5"),
+    ):
+        line = tables(section(page, f"family-{side}"))[0][1:]
+        assert line[-1][1] == "start population"
+        for row, younger in zip(line, [None, *line], strict=False):
+            scores = query(
+                tmp_path,
+                f"SELECT score FROM candidate WHERE generation = ? AND {condition}",
+                int(row[0]) - 1,
+            )
+            assert row[2] in [shown(score) for (score,) in scores]
+            assert younger is None or int(row[0]) < int(younger[0])
+        ((first,),) = query(
+            tmp_path,
+            "SELECT min(generation) FROM candidate WHERE genome = ?",
+            json.dumps(individual.to_dict()),
+        )
+        assert int(line[0][0]) == first + 1
+    (shares,) = tables(section(page, "components"))
+    for kind, *cells in shares[1:]:
+        for number, cell in enumerate(cells):
+            networks = query(
+                tmp_path,
+                "SELECT genome FROM candidate WHERE generation = ? AND place < 5",
+                number,
+            )
+            having = [
+                any(name.split()[0] == kind for name in json.loads(text)["components"])
+                for (text,) in networks
+            ]
+            assert cell == f"{sum(having) / 5:.0%}"
 
 
 @pytest.mark.parametrize("trials", [0, 2])

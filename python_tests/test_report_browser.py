@@ -2,25 +2,28 @@
 
 import dataclasses
 import http.server
+import math
 import pathlib
 import shutil
 import threading
 
 import pytest
-from synthetic import SyntheticTraining
+from synthetic import SyntheticTraining, killed_after
 
 from evokernels import zoo
 from evokernels.evolution import journal, pool
 from evokernels.evolution.coevolution_settings import CoevolutionSettings
 from evokernels.evolution.coevolving import coevolve
 from evokernels.evolution.contest import Contest, compare
+from evokernels.evolution.html_report import parts, running
 from evokernels.evolution.html_report.page import REPORT
 from evokernels.evolution.run import evolve
 from evokernels.evolution.settings import RunSettings
-from evokernels.evolution.trial import Conditions
+from evokernels.evolution.trial import Conditions, Outcome
 from evokernels.genome import Genome
 from evokernels.search.coevolution import CoevolutionConfig
 from evokernels.search.genetic import GeneticConfig
+from evokernels.search.score import Status
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")
@@ -65,11 +68,36 @@ def write_comparison(folder):
     compare(Contest(given, COMMON["tasks"], (0, 1), conditions, 1, trials=2), folder)
 
 
+def write_running(folder):
+    """A co-evolution that was killed in its third generation."""
+    search = CoevolutionConfig(first=5, second=4, generations=3, elites=1, tournament=2)
+    settings = CoevolutionSettings(search=search, max_parameters=20_000, **COMMON)
+    training = SyntheticTraining()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(pool, "evaluate", training)
+        monkeypatch.setattr(running, "SHARE", math.inf)
+        with killed_after(training, 110):
+            coevolve(settings, folder)
+
+
+def write_failed(folder):
+    """One generation of two genomes, one of a term of a long name, both of which failed."""
+    search = GeneticConfig(population=2, generations=1, elites=0, tournament=1)
+    names = {"A_TERM_WHOSE_NAME_SAYS_ALL_THAT_THERE_IS_TO_SAY_OF_IT": 0.5, "OTHER": 0.5}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        lost = Outcome(Status.DIVERGED, -1.0, None, None, 30, 0.1, "digest")
+        monkeypatch.setattr(pool, "evaluate", lambda *args: lost)
+        monkeypatch.setattr(parts, "term_shares", lambda genomes: names)
+        evolve(RunSettings(search=search, **COMMON), folder)
+
+
 REPORTS = {
     "evolution": write_evolution,
     "long-evolution": write_long_evolution,
     "coevolution": write_coevolution,
     "comparison": write_comparison,
+    "running": write_running,
+    "failed": write_failed,
 }
 
 # Elements that reach beyond the page, but for those in a box that scrolls; the widest first.

@@ -7,8 +7,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from evokernels.evolution.coevolution_history import (
     OWN,
     WINNER,
@@ -18,7 +16,13 @@ from evokernels.evolution.coevolution_history import (
     pareto_front,
 )
 from evokernels.evolution.coevolution_settings import CoevolutionSettings
-from evokernels.evolution.figures import BEST_COLOUR, MEAN_COLOUR, new_figure, save_figure
+from evokernels.evolution.figures import (
+    BEST_COLOUR,
+    MEAN_COLOUR,
+    accuracy_axis,
+    new_figure,
+    save_figure,
+)
 from evokernels.evolution.pairs import Measured
 
 if TYPE_CHECKING:
@@ -27,10 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["plot_history", "plot_pareto"]
 
 OWN_COLOUR = "#b0413e"
-
-# The axis of accuracies: what it has beyond 1, and where it is marked.
-ROOM = 1.02
-TICKS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.92, 0.94, 0.96, 0.98, 1.0)
 
 
 def plot_history(path: pathlib.Path, history: Sequence[Round]) -> None:
@@ -70,11 +70,7 @@ def plot_pareto(
     figure = new_figure(7.2, 5.2)
     axes = figure.add_subplot()
     axes.set_xscale("log")
-    # the nearer to 1 the wider, as there it gets ever harder
-    axes.set_yscale(
-        "function", functions=(lambda y: -np.log(ROOM - y), lambda z: ROOM - np.exp(-z))
-    )
-    axes.set_yticks([tick for tick in TICKS if tick <= top + 0.05], minor=False)
+    accuracy_axis(axes, top)
     _scatter(axes, others, color=MEAN_COLOUR, s=14, alpha=0.6, label="pair, in the search")
     _scatter(axes, front, color=BEST_COLOUR, s=22, zorder=3, label="on the Pareto front")
     axes.step(

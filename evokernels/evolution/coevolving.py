@@ -7,6 +7,7 @@ How an architecture and an optimizer are scored together and apart is said in
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import os
 import pathlib
 from collections.abc import Sequence
@@ -31,11 +32,14 @@ from evokernels.evolution.evaluations import (
     Request,
     open_evaluations,
 )
-from evokernels.evolution.html_report.coevolution import write_coevolution_report
+from evokernels.evolution.html_report.coevolution import running_page, write_coevolution_report
+from evokernels.evolution.html_report.running import RunningReport
+from evokernels.evolution.lineage import Lineage
 from evokernels.evolution.pairs import Measured, Pair, worth
 from evokernels.evolution.trial import Outcome, Purpose, Trial, network_key
 from evokernels.evolution.winner import final_runs, measure_winner
 from evokernels.search.coevolution import State
+from evokernels.search.genetic import Scored
 from evokernels.search.score import Score
 
 __all__ = ["coevolve"]
@@ -55,7 +59,8 @@ def coevolve(
     """Run the co-evolution in ``folder``, or what is left of it; bit-identical either way.
 
     Makes at most ``settings.planned_runs`` training runs. Writes ``history.csv`` and the best pair
-    after every generation that it trains, and the rest of
+    after every generation that it trains, a ``report.html`` after the first of them and as often as
+    `RunningReport` has it, and the whole report and the rest of
     `evokernels.evolution.coevolution_report.FILES` at the end.
 
     Args:
@@ -106,6 +111,8 @@ class _Run:
         self.evaluations = evaluations
         self.on_generation = on_generation
         self.measured: dict[tuple[str, ...], Measured] = {}  # by the key of the pair
+        self.lineages = Lineage(), Lineage()  # of architectures, of optimizers
+        self.running = RunningReport(folder, settings.search.generations)
         self.trained: set[tuple[str, str, int]] = set()  # key, task and seed of the search's runs
 
     def complete(self) -> CoevolutionResult:
@@ -128,7 +135,7 @@ class _Run:
             len(journal) - before,
         )
         report.write_result(self.folder, settings, result)
-        write_coevolution_report(self.folder, settings, result, journal)
+        write_coevolution_report(self.folder, settings, result, self.lineages, journal)
         return result
 
     def _search(self) -> list[Round]:
@@ -143,12 +150,19 @@ class _Run:
             pairs = [Pair(*pair) for pair in asked]
             evaluations = self._train(pairs, state, history)
             results = [self._measure(pair, state.generation) for pair in pairs]
-            state = search.tell(state, [result.score for result in results])
+            asking, state = state, search.tell(state, [result.score for result in results])
             self._end(state)
+            self._remember(asking, state)
             history.append(self._round(results, evaluations, state))
             self.on_generation(len(history), scalars(history[-1], optimizers))
             if len(self.evaluations.journal) > before:  # a replay is behind the files that it finds
                 report.write_progress(self.folder, history, history[-1].best.pair)
+                page = functools.partial(
+                    running_page,
+                    *(self.settings, history, tuple(self.measured.values()), self.lineages),
+                    self.evaluations.journal,
+                )
+                self.running.show(len(history), page)
         return history
 
     def _begin(self, state: State) -> None:
@@ -165,6 +179,13 @@ class _Run:
         architectures, optimizers = state.scored
         scores = [*architectures, *optimizers]
         self.evaluations.journal.end_generation(state.generation - 1, scores, savings=())
+
+    def _remember(self, asked: State, told: State) -> None:
+        """Who was in both populations of ``asked``, and what each was worth as ``told``."""
+        for lineage, population, scores, parents in zip(
+            self.lineages, asked.populations, told.scored, asked.parents, strict=True
+        ):
+            lineage.add(list(map(Scored, population, scores)), parents)
 
     def _train(self, pairs: Sequence[Pair], state: State, history: Sequence[Round]) -> int:
         """Train the pairs that were not yet; the number of training runs that takes."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import pathlib
 import tempfile
 from collections.abc import Iterable
 
+from evokernels.document import write_whole
 from evokernels.errors import JournalError
 
 __all__ = ["csv_text", "make_folder", "write_atomically"]
@@ -34,10 +34,9 @@ def make_folder(folder: pathlib.Path) -> None:
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
     """Write a file, or leave the one that was there; raises JournalError naming the file."""
-    unfinished = path.with_name(f"{path.name}.new")
     try:
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
+        # one name for all: runs are killed often, and one process alone has the folder
+        write_whole(path, content, path.with_name(f"{path.name}.new"))
     except OSError as error:
         raise _cannot_write(path, error) from None
 

@@ -7,11 +7,21 @@ import dataclasses
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
+from evokernels.architecture import Architecture, kind_and_size
 from evokernels.evolution.journal import Entry, Saving
 from evokernels.genome import Genome
 from evokernels.search.score import Score, Status
 
-__all__ = ["Generation", "Result", "Spread", "plateaued", "scalars", "summarise", "term_shares"]
+__all__ = [
+    "Generation",
+    "Result",
+    "Spread",
+    "component_shares",
+    "plateaued",
+    "scalars",
+    "summarise",
+    "term_shares",
+]
 
 LOST = (Status.CRASHED, Status.TIMED_OUT, Status.OUT_OF_MEMORY)
 
@@ -187,10 +197,17 @@ def term_shares(genomes: Sequence[Genome]) -> dict[str, float]:
 
     A genome that has a term counts once, however often it has it and with which weight.
     """
-    counts = collections.Counter(
-        name for genome in genomes for name in {term.name for term in genome.term_types}
-    )
-    return {name: count / len(genomes) for name, count in sorted(counts.items())}
+    return _shares([{term.name for term in genome.term_types} for genome in genomes])
+
+
+def component_shares(architectures: Sequence[Architecture]) -> dict[str, float]:
+    """The share of architectures that have a kind of component, whatever its size; likewise."""
+    return _shares([{kind_and_size(name)[0] for name in each.components} for each in architectures])
+
+
+def _shares(having: Sequence[set[str]]) -> dict[str, float]:
+    counts = collections.Counter(name for names in having for name in names)
+    return {name: count / len(having) for name, count in sorted(counts.items())}
 
 
 def plateaued(history: Sequence[Generation], length: int) -> bool:

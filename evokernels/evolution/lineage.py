@@ -1,4 +1,4 @@
-"""Who descends from whom: every genome of a search with its parents."""
+"""Who descends from whom: every individual of a search with its parents."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import dataclasses
 import enum
 from collections.abc import Iterator, Sequence
 
+from evokernels.architecture import Architecture
 from evokernels.evolution.refining import Improvement
 from evokernels.genome import Genome
 from evokernels.search.genetic import Scored
 from evokernels.search.score import Score
 
-__all__ = ["Descent", "Lineage", "Member"]
+__all__ = ["Descent", "Individual", "Lineage", "Member", "ancestors", "better_line"]
+
+Individual = Genome | Architecture
 
 
 class Descent(enum.Enum):
-    """How a genome came into its generation."""
+    """How an individual came into its generation."""
 
     START = "start population"
     ELITE = "elite"
@@ -25,11 +28,11 @@ class Descent(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Member:
-    """A genome of a generation.
+    """An individual of a generation.
 
     Attributes:
         generation: counted from 0.
-        place: in that generation, as the journal counts (`candidate.place`).
+        place: in that generation, on its side.
         genome, score: what it is, and what the search was told of it.
         descent: how it came there.
         parents: of a child two, which may be one and the same; of an elite itself in the
@@ -38,7 +41,7 @@ class Member:
 
     generation: int
     place: int
-    genome: Genome
+    genome: Individual
     score: Score
     descent: Descent
     parents: tuple[Member, ...] = dataclasses.field(repr=False)
@@ -59,7 +62,7 @@ class Member:
 
 
 class Lineage:
-    """The generations of a search, added one after the other."""
+    """The generations of a search, or of one side of a co-evolution, added one after the other."""
 
     def __init__(self) -> None:
         self.generations: list[list[Member]] = []
@@ -73,7 +76,7 @@ class Lineage:
         """The next generation.
 
         Args:
-            scored: its genomes as the search asked for them.
+            scored: its individuals as the search asked for them.
             parents: of each, as `evokernels.search.genetic.State` has them.
             improvements: the genomes that joined it.
         """
@@ -97,13 +100,13 @@ class Lineage:
         ]
         self.generations.append(members + joined)
 
-    def find(self, genome: Genome) -> Member:
-        """Where a genome first appeared; raises KeyError."""
+    def find(self, genome: Individual) -> Member:
+        """Where an individual first appeared; raises KeyError."""
         for generation in self.generations:
             for member in generation:
                 if member.genome == genome:
                     return member
-        raise KeyError("no generation has this genome")
+        raise KeyError("no generation has this individual")
 
 
 def ancestors(member: Member) -> list[Member]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import os
 import pathlib
 
@@ -19,7 +20,8 @@ from evokernels.evolution.evaluations import (
     open_evaluations,
 )
 from evokernels.evolution.history import Generation, plateaued, scalars, summarise
-from evokernels.evolution.html_report.run import write_run_report
+from evokernels.evolution.html_report.run import running_page, write_run_report
+from evokernels.evolution.html_report.running import RunningReport
 from evokernels.evolution.ledger import Cost, read_ledger
 from evokernels.evolution.lineage import Lineage
 from evokernels.evolution.refining import Refiner
@@ -70,8 +72,9 @@ def evolve(
 ) -> RunResult:
     """Run the evolution in ``folder``, or what is left of it; bit-identical either way.
 
-    Writes ``history.csv`` and ``best_genome.json`` after every generation that it trains, and the
-    rest of `evokernels.evolution.report.FILES` at the end, ``report.html`` among them.
+    Writes ``history.csv`` and ``best_genome.json`` after every generation that it trains, a
+    ``report.html`` after the first of them and as often as `RunningReport` has it, and the whole
+    report and the rest of `evokernels.evolution.report.FILES` at the end.
 
     Args:
         settings: of the run.
@@ -124,6 +127,7 @@ class _Run:
         self.audits = audits
         self.on_generation = on_generation
         self.lineage = Lineage()
+        self.running = RunningReport(folder, settings.search.generations)
 
     def complete(self) -> RunResult:
         """Everything from the first generation on, whatever the journal already has."""
@@ -185,6 +189,11 @@ class _Run:
             self.on_generation(number + 1, scalars(history[-1], genomes))
             if len(self.evaluations.journal) > before:  # a replay is behind the files that it finds
                 self._write_progress(history, state.best)
+                page = functools.partial(
+                    running_page,
+                    *(self.settings, history, state.best, self.lineage, self.evaluations.journal),
+                )
+                self.running.show(number + 1, page)
             if plateaued(history, self.settings.plateau):
                 break
         return state, scored, history

@@ -109,12 +109,15 @@ class State(Generic[First, Second]):
             what a pair was told last, as in a genetic search.
         scored: what each individual of the generation before was worth, in the order of its
             ``populations``; None at the start.
+        parents: on each side, of each of its individuals, as `evokernels.search.genetic.State` has
+            them.
     """
 
     generation: int
     populations: tuple[tuple[First, ...], tuple[Second, ...]]
     best: ScoredPair[First, Second] | None
     scored: tuple[tuple[Score, ...], tuple[Score, ...]] | None
+    parents: tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]] = ((), ())
 
     @property
     def champions(self) -> tuple[First, Second] | None:
@@ -138,7 +141,8 @@ class Coevolution(Generic[First, Second]):
             space.start(size, self._stream(f"start {side}"))
             for side, (space, size) in enumerate(zip(self.spaces, sizes, strict=True))
         )
-        return State(0, (first, second), best=None, scored=None)
+        parents = ((),) * len(first), ((),) * len(second)
+        return State(0, (first, second), best=None, scored=None, parents=parents)
 
     def ask(self, state: State[First, Second]) -> tuple[tuple[First, Second], ...]:
         """The different pairs to score, at most c (m + n); empty when the search is over."""
@@ -172,8 +176,10 @@ class Coevolution(Generic[First, Second]):
         following = State(generation, ((), ()), best, (first, second))
         if generation == self.config.generations:
             return following
-        populations = tuple(self._offspring(state, following, side) for side in (0, 1))
-        return dataclasses.replace(following, populations=populations)
+        populations, parents = zip(
+            *(self._offspring(state, following, side) for side in (0, 1)), strict=True
+        )
+        return dataclasses.replace(following, populations=populations, parents=parents)
 
     def _met(self, state: State) -> list[list[list[tuple[Any, Any]]]]:
         """The pairs that count for each individual of the first side, and of the second one."""
@@ -193,14 +199,21 @@ class Coevolution(Generic[First, Second]):
             others, min(self.config.collaborators - len(chosen), len(others))
         )
 
-    def _offspring(self, state: State, following: State, side: int) -> tuple[Hashable, ...]:
-        """The champion and the elites unchanged, then children, new ones if possible."""
+    def _offspring(
+        self, state: State, following: State, side: int
+    ) -> tuple[tuple[Hashable, ...], tuple[tuple[int, ...], ...]]:
+        """The champion and the elites unchanged, then children, new ones if possible; the places
+        of the parents of each."""
         config = self.config
         population = state.populations[side]
         scored = [Scored(*pair) for pair in zip(population, following.scored[side], strict=True)]
         ranked = [entry.genome for entry in sorted(scored, key=rank, reverse=True)]
         elites = min(config.elites, len(population) - 1)
         offspring = list(dict.fromkeys([following.champions[side], *ranked]))[:elites]
+        # where there are elites, the champion has been one since it was found
+        parents: list[tuple[int, ...]] = [
+            (population.index(each),) if each in population else () for each in offspring
+        ]
         brood = children(
             self.spaces[side],
             scored,
@@ -209,19 +222,23 @@ class Coevolution(Generic[First, Second]):
             progress=state.generation / config.generations,
         )
         while len(offspring) < len(population):
-            offspring.append(_newcomer((child for child, _ in brood), offspring))
-        return tuple(offspring)
+            child, of = _newcomer(brood, offspring)
+            offspring.append(child)
+            parents.append(of)
+        return tuple(offspring), tuple(parents)
 
     def _stream(self, name: str) -> random.Random:
         return random.Random(f"evokernels coevolution {self.config.seed} {name}")
 
 
-def _newcomer(brood: Iterator[Hashable], known: Sequence[Hashable]) -> Hashable:
-    """The first child that is not known; one that is after so many attempts."""
-    for child in itertools.islice(brood, ATTEMPTS):
-        if child not in known:
+def _newcomer(
+    brood: Iterator[tuple[Hashable, tuple[int, int]]], known: Sequence[Hashable]
+) -> tuple[Hashable, tuple[int, int]]:
+    """The first child that is not known; one that is after so many attempts. With its parents."""
+    for newcomer in itertools.islice(brood, ATTEMPTS):
+        if newcomer[0] not in known:
             break
-    return child
+    return newcomer
 
 
 def _mean(scores: Sequence[Score], floor: float | None) -> Score:

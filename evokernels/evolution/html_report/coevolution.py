@@ -16,6 +16,7 @@ from evokernels.evolution.coevolution_history import (
 from evokernels.evolution.coevolution_settings import CoevolutionSettings
 from evokernels.evolution.history import Spread
 from evokernels.evolution.html_report import parts, pictures
+from evokernels.evolution.html_report.ancestry import family_section
 from evokernels.evolution.html_report.family import rule_text
 from evokernels.evolution.html_report.page import (
     Item,
@@ -29,12 +30,16 @@ from evokernels.evolution.html_report.page import (
     write,
 )
 from evokernels.evolution.journal import Journal
+from evokernels.evolution.lineage import Lineage
 from evokernels.evolution.pairs import Measured
 from evokernels.evolution.trial import Purpose
-from evokernels.genome import Genome
 from evokernels.tasks import get_task
 
-__all__ = ["coevolution_page", "write_coevolution_report"]
+__all__ = ["Lineages", "coevolution_page", "running_page", "write_coevolution_report"]
+
+Lineages = tuple[Lineage, Lineage]  # of architectures, of optimizers
+
+TITLE = "An architecture and an optimizer, co-evolved by evokernels"
 
 SIDES = ("architectures", "optimizers")
 
@@ -43,49 +48,37 @@ def write_coevolution_report(
     folder: pathlib.Path,
     settings: CoevolutionSettings,
     result: CoevolutionResult,
+    lineages: Lineages,
     journal: Journal,
 ) -> None:
     """Write ``report.html``, or warn that it cannot be."""
-    write(folder, lambda: coevolution_page(settings, result, journal))
+    write(folder, lambda: coevolution_page(settings, result, lineages, journal))
 
 
 def coevolution_page(
-    settings: CoevolutionSettings, result: CoevolutionResult, journal: Journal
+    settings: CoevolutionSettings, result: CoevolutionResult, lineages: Lineages, journal: Journal
 ) -> Page:
     """What the report says.
 
     Args:
         settings: of the run.
         result: the complete run.
+        lineages: of its search: architectures, optimizers.
         journal: of the run.
     """
-    numbers = [entry.number + 1 for entry in result.history]
-    search = settings.search
-    optimizers = [
-        [
-            Genome.from_json(genome)
-            for (genome,) in journal.query(
-                "SELECT genome FROM candidate WHERE generation = ? AND place >= ?",
-                *(entry.number, search.first),
-            )
-        ]
-        for entry in result.history
-    ]
     own = result.comparison.overall_fitness(OWN)
     best = result.comparison.overall_fitness(WINNER)
-    trained = sum(entry.evaluations for entry in result.history)
     return Page(
-        "An architecture and an optimizer, co-evolved by evokernels",
-        f"{len(numbers)} generations of {search.first} architectures and {search.second} "
-        f"optimizers, trained on {', '.join(settings.tasks)}.",
+        TITLE,
+        _subtitle(settings),
         [
             ("test fitness of the pair", f"{best.mean:.4f}", f"{OWN}: {own.mean:.4f}"),
-            ("ahead, seed by seed", f"{result.lead.mean:+.4f}", f"± {result.lead.error:.4f}"),
-            ("selection bias", f"{result.winner.bias.mean:+.4f}", "search less fresh seeds"),
-            ("training runs of the search", f"{trained:,}", f"of {settings.search_runs:,} planned"),
+            ("ahead, seed by seed", parts.signed(result.lead.mean), f"± {result.lead.error:.4f}"),
+            ("selection bias", parts.signed(result.winner.bias.mean), "search less fresh seeds"),
+            _trained(settings, result.history),
         ],
         [
-            _winner(settings, result),
+            _pair("The winning pair", settings, result.best),
             Section(
                 "comparison",
                 "The pair beside the tasks' own networks",
@@ -104,19 +97,105 @@ def coevolution_page(
                 ],
             ),
             parts.luck(settings, result.winner),
-            _populations(numbers, settings, result.history, journal),
-            _pareto(settings, result),
-            parts.terms(numbers, optimizers),
-            _plan(settings, result, journal),
-            parts.evaluations(journal),
-            parts.configuration(settings.to_dict()),
-            parts.machine_section(journal, settings.device),
+            *_search_sections(
+                settings, result.history, result.pairs, lineages, result.best, journal, result
+            ),
         ],
     )
 
 
-def _winner(settings: CoevolutionSettings, result: CoevolutionResult) -> Section:
-    pair = result.best.pair
+def running_page(
+    settings: CoevolutionSettings,
+    history: Sequence[Round],
+    pairs: Sequence[Measured],
+    lineages: Lineages,
+    journal: Journal,
+    state: str,
+) -> Page:
+    """What the report says of a run whose search goes on.
+
+    Args:
+        settings: of the run.
+        history: of the generations that have ended, at least one.
+        pairs: all that were trained alike once.
+        lineages: of the search: architectures, optimizers.
+        journal: of the run.
+        state: of the run, in words.
+    """
+    best = history[-1].best
+    return Page(
+        TITLE,
+        _subtitle(settings),
+        [
+            ("generations", f"{len(history)}", f"of {settings.search.generations}"),
+            (
+                f"fitness of the best pair, {settings.selection_split} split",
+                f"{best.fitness:.4f}",
+                "the best of many: partly luck",
+            ),
+            ("its parameters", f"{best.parameters:,.0f}", "mean over the tasks"),
+            _trained(settings, history),
+        ],
+        [
+            _pair("The best pair so far", settings, best),
+            *_search_sections(settings, history, pairs, lineages, best, journal),
+        ],
+        state,
+    )
+
+
+def _subtitle(settings: CoevolutionSettings) -> str:
+    search = settings.search
+    return (
+        f"{parts.counted(search.generations, 'generation')} of "
+        f"{parts.counted(search.first, 'architecture')} and "
+        f"{parts.counted(search.second, 'optimizer')}, trained on {', '.join(settings.tasks)}."
+    )
+
+
+def _trained(settings: CoevolutionSettings, history: Sequence[Round]) -> tuple[str, str, str]:
+    trained = sum(entry.evaluations for entry in history)
+    return "training runs of the search", f"{trained:,}", f"of {settings.search_runs:,} planned"
+
+
+def _search_sections(
+    settings: CoevolutionSettings,
+    history: Sequence[Round],
+    pairs: Sequence[Measured],
+    lineages: Lineages,
+    best: Measured,
+    journal: Journal,
+    result: CoevolutionResult | None = None,
+) -> list[Section]:
+    """What the search has come to, and what it was; with the result of a complete run."""
+    numbers = [entry.number + 1 for entry in history]
+    architectures, optimizers = (
+        [[member.genome for member in generation] for generation in lineage.generations]
+        for lineage in lineages
+    )
+    return [
+        _populations(numbers, settings, history, journal),
+        _pareto(settings, pairs, result),
+        *(
+            family_section(f"family-{name}", f"the {name}", lineage, individual, "worth")
+            for name, lineage, individual in zip(
+                ("architecture", "optimizer"),
+                lineages,
+                (best.pair.architecture, best.pair.optimizer),
+                strict=True,
+            )
+        ),
+        parts.components(numbers, architectures),
+        parts.terms(numbers, optimizers),
+        _plan(settings, history, journal),
+        parts.evaluations(journal),
+        parts.configuration(settings.to_dict()),
+        parts.machine_section(journal, settings.device),
+    ]
+
+
+def _pair(title: str, settings: CoevolutionSettings, best: Measured) -> Section:
+    pair = best.pair
     decoded = [(task, get_task(task).decode(pair.architecture)) for task in settings.tasks]
     items: list[Item] = [
         Text("The architecture, as each task decodes it:"),
@@ -135,9 +214,9 @@ def _winner(settings: CoevolutionSettings, result: CoevolutionResult) -> Section
             "as JSON (best_architecture.json, best_genome.json)",
         ),
     ]
-    if result.best.score.status.failed:
+    if best.score.status.failed:
         items.insert(0, Text("It failed in at least one of its training runs."))
-    return Section("winner", "The winning pair", items)
+    return Section("winner", title, items)
 
 
 def _populations(
@@ -208,22 +287,31 @@ def _spread(
     return Spread.of(score for (score,) in rows)
 
 
-def _pareto(settings: CoevolutionSettings, result: CoevolutionResult) -> Section:
-    front = pareto_front(result.pairs)
+def _pareto(
+    settings: CoevolutionSettings, pairs: Sequence[Measured], result: CoevolutionResult | None
+) -> Section:
+    front = pareto_front(pairs)
     on_front = set(front)
-    others = [each for each in result.pairs if each.accuracy is not None and each not in on_front]
+    others = [each for each in pairs if each.accuracy is not None and each not in on_front]
 
-    def places(pairs: Sequence[Measured]) -> tuple[list[float], list[float]]:
-        return [each.parameters for each in pairs], [each.accuracy for each in pairs]
+    def places(of: Sequence[Measured]) -> tuple[list[float], list[float]]:
+        return [each.parameters for each in of], [each.accuracy for each in of]
 
-    stars = [
-        (
-            result.contenders[name].mean_parameters(settings.tasks),
-            fresh_accuracy(result.comparison, name),
-            colour,
-        )
-        for name, colour in ((WINNER, "best"), (OWN, "bad"))
-    ]
+    stars = []
+    legend = {"best": "on the front", "other": "other pairs of the search"}
+    note = "Measured once, the best of many are lucky"
+    if result is not None:
+        stars = [
+            (
+                result.contenders[name].mean_parameters(settings.tasks),
+                fresh_accuracy(result.comparison, name),
+                colour,
+            )
+            for name, colour in ((WINNER, "best"), (OWN, "bad"))
+        ]
+        legend["best"] += "; star: the winner on fresh seeds"
+        legend["bad"] = f"star: {OWN}, fresh seeds"
+        note += "; the stars are on fresh seeds"
     svg = pictures.scatter(
         "pareto",
         [(*places(others), "other", 0.5), (*places(front), "best", 1.0)],
@@ -231,19 +319,14 @@ def _pareto(settings: CoevolutionSettings, result: CoevolutionResult) -> Section
         stars,
         ("parameters, mean over the tasks", f"accuracy, {settings.selection_split} split"),
     )
-    legend = {
-        "best": "on the front; star: the winner on fresh seeds",
-        "other": "other pairs of the search",
-        "bad": f"star: {OWN}, fresh seeds",
-    }
     return Section(
         "pareto",
         "Accuracy and parameters",
         [
             Text(
-                f"Each of {len(result.pairs):,} pairs as the search measured it; on the front are "
-                "those that no other surpasses with as few parameters. Measured once, the best of "
-                "many are lucky; the stars are on fresh seeds."
+                f"Each of {len(pairs):,} pairs as the search measured it; on the front are "
+                "those that no other surpasses with as few parameters. "
+                f"{note}."
             ),
             Picture("Accuracy against parameters", svg, legend),
             Table(
@@ -264,14 +347,14 @@ def _pareto(settings: CoevolutionSettings, result: CoevolutionResult) -> Section
     )
 
 
-def _plan(settings: CoevolutionSettings, result: CoevolutionResult, journal: Journal) -> Section:
+def _plan(settings: CoevolutionSettings, history: Sequence[Round], journal: Journal) -> Section:
     made = dict(journal.query("SELECT purpose, count(*) FROM evaluation GROUP BY purpose"))
     planned = {
         Purpose.SEARCH: ("the search", settings.search_runs),
         Purpose.AUDIT: ("the finalists", settings.final_runs),
         Purpose.REPORT: ("the comparison", settings.comparison_runs),
     }
-    reused = sum(entry.reused for entry in result.history)
+    reused = sum(entry.reused for entry in history)
     search = settings.search
     return Section(
         "plan",

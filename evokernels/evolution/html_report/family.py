@@ -1,14 +1,15 @@
-"""The family tree of a genome as a drawing: generations from left to right."""
+"""The family tree of an individual as a drawing: generations from left to right."""
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
 
-from evokernels.evolution.lineage import Descent, Member, ancestors, better_line
+from evokernels.architecture import Architecture
+from evokernels.evolution.lineage import Descent, Individual, Member, ancestors, better_line
 from evokernels.genome import Genome
 
-__all__ = ["Family", "family", "rule_text"]
+__all__ = ["Family", "family", "individual_text", "rule_text"]
 
 # Units of the drawing, which are pixels where it is not scaled.
 WIDTH, EDGE, FOOT = 400.0, 14.0, 18.0
@@ -19,7 +20,7 @@ LABELS = 12  # generations that are written below, at most
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """A genome of the tree.
+    """An individual of the tree.
 
     Attributes:
         x, y, radius: where it is drawn.
@@ -49,7 +50,8 @@ class Family:
     Attributes:
         width, height: of the drawing; ``least`` the pixels that it must not be narrower than.
         labels: x and text of the numbers of generations.
-        line: the genome, its better parent, the better one of that one's, and so on.
+        members: all that are drawn, in the order of ``nodes``.
+        line: the individual, its better parent, the better one of that one's, and so on.
     """
 
     width: float
@@ -58,11 +60,17 @@ class Family:
     nodes: tuple[Node, ...]
     edges: tuple[Edge, ...]
     labels: tuple[tuple[float, str], ...]
+    members: tuple[Member, ...]
     line: tuple[Member, ...]
 
 
-def family(member: Member) -> Family:
-    """All that a genome descends from, each genome where it first appeared."""
+def family(member: Member, measure: str = "fitness") -> Family:
+    """All that an individual descends from, each where it first appeared.
+
+    Args:
+        member: the individual.
+        measure: what scores are called.
+    """
     members = ancestors(member)
     line = tuple(better_line(member))
     generations = range(members[0].generation, members[-1].generation + 1)
@@ -90,7 +98,7 @@ def family(member: Member) -> Family:
             *(round(x(each), 1), round(y(each), 1)),
             round(radius * (1.25 if each in line else 1.0), 1),
             "main" if each in line else "start" if not each.parents else "other",
-            _title(each),
+            _title(each, measure),
         )
         for each in members
     )
@@ -114,7 +122,7 @@ def family(member: Member) -> Family:
     )
     least = LEAST_COLUMN * len(generations)
     height = 2 * (EDGE + row * tallest) + FOOT
-    return Family(width, height, least, nodes, tuple(edges), labels, line)
+    return Family(width, height, least, nodes, tuple(edges), labels, tuple(members), line)
 
 
 def _rows(members: list[Member]) -> dict[Member, float]:
@@ -150,10 +158,17 @@ def rule_text(genome: Genome) -> str:
     return " + ".join(f"{alpha:.3g} {term.name}" for alpha, term in pairs)
 
 
-def _title(member: Member) -> str:
+def individual_text(individual: Individual) -> str:
+    """What an individual is made of."""
+    if isinstance(individual, Architecture):
+        return ", ".join(individual.components) or "a classifier alone"
+    return rule_text(individual)
+
+
+def _title(member: Member, measure: str) -> str:
     score = member.score
-    worth = score.status.value if score.status.failed else f"fitness {score.fitness:.4f}"
+    worth = score.status.value if score.status.failed else f"{measure} {score.fitness:.4f}"
     return (
         f"generation {member.generation + 1}, place {member.place}, {member.descent.value}, "
-        f"{worth}: {rule_text(member.genome)}"
+        f"{worth}: {individual_text(member.genome)}"
     )

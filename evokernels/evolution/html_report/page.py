@@ -78,10 +78,11 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """A family tree."""
+    """A family tree, and whose it is."""
 
     kind: ClassVar[str] = "drawing"
     family: Family
+    subject: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,20 +141,27 @@ class Page:
 
     Attributes:
         facts: what matters most, each with what it is and a note.
+        running: of a run that is not complete, what is to be said of that.
     """
 
     title: str
     subtitle: str
     facts: Sequence[tuple[str, str, str]]
     sections: Sequence[Section]
+    running: str = ""
 
 
-def write(folder: pathlib.Path, make: Callable[[], Page]) -> None:
+def write(
+    folder: pathlib.Path,
+    make: Callable[[], Page],
+    consequence: str = "all else is there, and the same command tries again",
+) -> None:
     """Write ``report.html``.
 
     Args:
-        folder: of a complete run, whose other files are written.
+        folder: of a run, whose other files are written.
         make: makes the page.
+        consequence: of a page that cannot be written.
 
     Warns:
         ReportWarning: it cannot be made or written. What was computed is not lost for a picture,
@@ -165,8 +173,8 @@ def write(folder: pathlib.Path, make: Callable[[], Page]) -> None:
         write_atomically(folder / REPORT, text.encode(errors="replace"))
     except Exception as error:
         warnings.warn(
-            f"{folder / REPORT} could not be written ({type(error).__name__}: {error}); all else "
-            "is there, and the same command tries again",
+            f"{folder / REPORT} could not be written ({type(error).__name__}: {error}); "
+            f"{consequence}",
             ReportWarning,
             stacklevel=2,
         )

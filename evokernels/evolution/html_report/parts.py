@@ -6,8 +6,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from evokernels.architecture import Architecture
 from evokernels.evolution.comparison import Comparison, Estimate
-from evokernels.evolution.history import Spread, term_shares
+from evokernels.evolution.history import Spread, component_shares, term_shares
 from evokernels.evolution.html_report import pictures
 from evokernels.evolution.html_report.page import Picture, Section, Table, Text
 from evokernels.evolution.journal import Journal
@@ -19,11 +20,14 @@ from evokernels.genome import Genome
 __all__ = [
     "comparison_pictures",
     "comparison_tables",
+    "components",
     "configuration",
+    "counted",
     "evaluations",
     "luck",
     "machine_section",
     "number",
+    "signed",
     "spread_pictures",
     "terms",
 ]
@@ -32,6 +36,16 @@ __all__ = [
 def number(value: float | None) -> str:
     """To four digits, as everywhere; a dash for nothing."""
     return "–" if value is None else f"{value:.4f}"
+
+
+def signed(value: float) -> str:
+    """To four digits, with its sign; nothing is +0."""
+    return f"{round(value, 4) + 0.0:+.4f}"
+
+
+def counted(count: int, noun: str) -> str:
+    """How many, with the noun in its number."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def spread_pictures(
@@ -79,24 +93,55 @@ def spread_pictures(
 
 def terms(numbers: Sequence[int], generations: Sequence[Sequence[Genome]]) -> Section:
     """How common each term is in the generations of a search."""
-    shares = [term_shares(genomes) for genomes in generations]
+    return _shares(
+        "terms",
+        "Terms",
+        "The share of the genomes of each generation that have a term, counted once a genome "
+        "whatever its weight",
+        "Share of genomes with each term",
+        numbers,
+        [term_shares(genomes) for genomes in generations],
+    )
+
+
+def components(numbers: Sequence[int], generations: Sequence[Sequence[Architecture]]) -> Section:
+    """How common each kind of component is in the generations of a search."""
+    return _shares(
+        "components",
+        "Components",
+        "The share of the architectures of each generation that have a component, of whatever "
+        "size, as it is written, counted once an architecture",
+        "Share of architectures with each component",
+        numbers,
+        [component_shares(architectures) for architectures in generations],
+    )
+
+
+def _shares(
+    anchor: str,
+    title: str,
+    meaning: str,
+    caption: str,
+    numbers: Sequence[int],
+    shares: Sequence[Mapping[str, float]],
+) -> Section:
+    """Shares that names have in each generation; the most common at last come first."""
     names = dict.fromkeys(name for of_generation in shares for name in of_generation)
     rows = {name: [each.get(name, 0.0) for each in shares] for name in names}
     ordered = dict(sorted(rows.items(), key=lambda row: (row[1][-1], sum(row[1])), reverse=True))
     return Section(
-        "terms",
-        "Terms",
+        anchor,
+        title,
         [
             Text(
-                "The share of the genomes of each generation that have a term, counted once a "
-                "genome whatever its weight: the fuller the colour, the more. To the "
-                "right the share in the first and in the last generation."
+                f"{meaning}: the fuller the colour, the more. To the right the share in the first "
+                "and in the last generation."
             ),
-            Picture("Share of genomes with each term", pictures.heat("terms", numbers, ordered)),
+            Picture(caption, pictures.heat(anchor, numbers, ordered)),
             Table(
-                ["term", *map(str, numbers)],
+                [anchor[:-1], *map(str, numbers)],
                 [[name, *(f"{share:.0%}" for share in of)] for name, of in ordered.items()],
-                "share of genomes in each generation",
+                "share in each generation",
             ),
         ],
     )

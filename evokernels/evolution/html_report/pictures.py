@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from evokernels.evolution.comparison import Estimate
-from evokernels.evolution.figures import new_figure
+from evokernels.evolution.figures import accuracy_axis, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,6 +35,7 @@ COLOURS = {
 }
 WIDTH, MARGIN = 4.4, 0.12  # inches; 72 points each, and the page shows a point as a pixel or more
 TEXT, SMALL = 10, 9
+ROW = 48  # letters above a row, capital ones
 
 Line = tuple[Sequence[float | None], str, str]  # values, colour, line style
 Band = tuple[Sequence[float | None], Sequence[float | None]]  # from, to
@@ -84,15 +85,26 @@ def fitness(
         axes = figure.add_subplot()
         _place(figure, left=0.5, bottom=1.05 if failed else 0.42)
         low, high = ([math.nan if value is None else value for value in side] for side in band)
-        axes.fill_between(numbers, low, high, color=COLOURS["mean"], alpha=0.22, linewidth=0)
+        style = dict(color=COLOURS["mean"], alpha=0.22)
+        if len(numbers) > 1:
+            axes.fill_between(numbers, low, high, linewidth=0, **style)
+        else:
+            axes.vlines(numbers, low, high, linewidth=14, **style)
         for values, colour, style in lines:
             known = [math.nan if value is None else value for value in values]
             marker = "o" if len(numbers) <= 20 and style == "-" else None
+            size = 3 if len(numbers) > 1 else 6
             axes.plot(
                 *(numbers, known),
-                **dict(color=COLOURS[colour], linestyle=style, marker=marker, markersize=3),
+                **dict(color=COLOURS[colour], linestyle=style, marker=marker, markersize=size),
             )
         axes.grid(axis="y")
+        if all(value is None for values, _, style in lines if style == "-" for value in values):
+            axes.set_yticks([])
+            axes.text(
+                *(0.5, 0.5, "nothing was trained to the end"),
+                **dict(transform=axes.transAxes, ha="center", color=COLOURS["muted"]),
+            )
         _generations(axes, numbers)
         if failed:
             axes.set_xlabel("")
@@ -125,14 +137,14 @@ def dots(name: str, rows: Sequence[tuple[str, Estimate, str]]) -> str:
             error = 0.0 if math.isnan(estimate.error) else estimate.error
             style = dict(color=COLOURS[colour], ecolor=COLOURS[colour], capsize=3, markersize=6)
             axes.errorbar([estimate.mean], [place], xerr=[error], fmt="o", **style)
-            shown = label if len(label) <= 38 else f"…{label[-37:]}"
-            _label(axes, place - 0.3, shown, str(estimate))
+            _label(axes, place - 0.3, label, str(estimate))
         axes.set_ylim(len(rows) - 0.6, -0.65)
         axes.margins(x=0.08)
         axes.spines["left"].set_visible(False)
         axes.set_yticks([])
         axes.grid(axis="x")
         axes.xaxis.get_major_locator().set_params(nbins=5)
+        _clear_of_edges(axes, left=True)
         axes.set_axisbelow(True)
         return _svg(figure, name)
 
@@ -158,7 +170,8 @@ def bars(name: str, rows: Sequence[tuple[str, float, str]]) -> str:
         axes.set_yticks([])
         axes.grid(axis="x")
         axes.set_axisbelow(True)
-        axes.xaxis.get_major_locator().set_params(nbins=4)
+        axes.xaxis.get_major_locator().set_params(nbins=4, integer=True)
+        _clear_of_edges(axes, left=False)
         axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
         return _svg(figure, name)
 
@@ -187,7 +200,8 @@ def heat(name: str, numbers: Sequence[int], rows: Mapping[str, Sequence[float]])
                     box.set(facecolor=COLOURS["best"], alpha=0.08 + 0.92 * share)
                     axes.add_patch(box)
                 at += count
-            _label(axes, place - 0.22, label, f"{shares[0]:.0%} → {shares[-1]:.0%}")
+            ends = [shares[0], shares[-1]] if len(shares) > 1 else [shares[0]]
+            _label(axes, place - 0.22, label, " → ".join(f"{share:.0%}" for share in ends))
         axes.set_ylim(len(rows) - 0.4, -0.45)
         axes.spines["left"].set_visible(False)
         axes.set_yticks([])
@@ -203,7 +217,7 @@ def scatter(
     stars: Sequence[tuple[float, Estimate, str]],
     labels: tuple[str, str],
 ) -> str:
-    """Points over a logarithmic axis, the steps of a front, and stars with errors.
+    """Accuracies over a logarithmic axis, the steps of a front, and stars with errors.
 
     Args:
         groups: places across and up, colour, opacity.
@@ -218,6 +232,7 @@ def scatter(
         axes = figure.add_subplot()
         _place(figure, left=0.62, bottom=0.45)
         axes.set_xscale("log")
+        accuracy_axis(axes, max([*itertools.chain(*(up for _, up, _, _ in groups))], default=0.0))
         for across, up, colour, opacity in groups:
             style = dict(color=COLOURS[colour], alpha=opacity, markeredgewidth=0)
             axes.plot(across, up, "o", markersize=4, **style)
@@ -226,6 +241,13 @@ def scatter(
             style = dict(color=COLOURS[colour], ecolor=COLOURS[colour], capsize=3, markersize=11)
             error = 0.0 if math.isnan(estimate.error) else estimate.error
             axes.errorbar([across], [estimate.mean], yerr=[error], fmt="*", **style)
+        places = [
+            *itertools.chain(*(across for across, *_ in groups)),
+            *(star[0] for star in stars),
+        ]
+        if places:  # networks of one size would have an axis without any width
+            room = max(1.3, (max(places) / min(places)) ** 0.05)
+            axes.set_xlim(min(places) / room, max(places) * room)
         axes.grid()
         axes.set_axisbelow(True)
         for axis in (axes.xaxis, axes.yaxis):
@@ -237,7 +259,11 @@ def scatter(
 
 
 def _label(axes: Axes, y: float, name: str, value: str) -> None:
-    """Above a row: what it is to the left, its value to the right."""
+    """Above a row what it is, shortened in its middle to fit, and to the right its value."""
+    over = len(name) - (ROW - len(value))
+    if over > 0:
+        half = (len(name) - over) // 2
+        name = f"{name[:half]}…{name[-half:]}"
     style = dict(fontsize=SMALL, va="center", transform=axes.get_yaxis_transform())
     axes.text(0.0, y, name, color=COLOURS["ink"], **style)
     axes.text(1.0, y, value, color=COLOURS["muted"], ha="right", **style)
@@ -245,8 +271,18 @@ def _label(axes: Axes, y: float, name: str, value: str) -> None:
 
 def _generations(axes: Axes, numbers: Sequence[int]) -> None:
     axes.set_xlim(numbers[0] - 0.5, numbers[-1] + 0.5)
-    axes.xaxis.get_major_locator().set_params(integer=True, nbins=8)
+    if len(numbers) <= 8:
+        axes.set_xticks(numbers)
+    else:
+        axes.xaxis.get_major_locator().set_params(integer=True, nbins=8)
     axes.set_xlabel("generation", fontsize=SMALL)
+
+
+def _clear_of_edges(axes: Axes, left: bool) -> None:
+    """No mark so near to an edge that its text would be cut off there."""
+    low, high = axes.get_xlim()
+    room = 0.05 * (high - low)
+    axes.set_xticks([at for at in axes.get_xticks() if low + left * room <= at <= high - room])
 
 
 def _place(

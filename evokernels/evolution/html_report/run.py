@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from evokernels.evolution.audit import audit_line
+from evokernels.evolution.audit import Audit, audit_line
 from evokernels.evolution.history import Generation
 from evokernels.evolution.html_report import parts, pictures
-from evokernels.evolution.html_report.family import family, rule_text
+from evokernels.evolution.html_report.ancestry import family_section
 from evokernels.evolution.html_report.page import (
-    Drawing,
     Item,
     Listing,
     Page,
@@ -24,15 +22,17 @@ from evokernels.evolution.html_report.page import (
     write,
 )
 from evokernels.evolution.journal import Journal
-from evokernels.evolution.ledger import Cost, ledger_line
-from evokernels.evolution.lineage import Descent, Lineage, Member
+from evokernels.evolution.ledger import Cost, ledger_line, read_ledger
+from evokernels.evolution.lineage import Descent, Lineage
 from evokernels.evolution.settings import RunSettings
-from evokernels.genome import Genome
+from evokernels.search.genetic import Scored
 
 if TYPE_CHECKING:
     from evokernels.evolution.run import RunResult
 
-__all__ = ["family_section", "fitness_sections", "run_page", "write_run_report"]
+__all__ = ["fitness_sections", "run_page", "running_page", "write_run_report"]
+
+TITLE = "An optimizer evolved by evokernels"
 
 # Of the ledger: in which colour, and as what.
 TAKEN = {
@@ -69,11 +69,6 @@ def run_page(settings: RunSettings, result: RunResult, lineage: Lineage, journal
         lineage: of its search.
         journal: of the run.
     """
-    numbers = [entry.number + 1 for entry in result.history]
-    asked = [
-        [member.genome for member in generation if member.descent is not Descent.REFINED]
-        for generation in lineage.generations
-    ]
     compared = Section(
         "comparison",
         "The winner beside Adam and AdamW",
@@ -88,27 +83,94 @@ def run_page(settings: RunSettings, result: RunResult, lineage: Lineage, journal
         ],
     )
     sections = [
-        _winner(result),
+        _rule("The winning rule", result.best),
         compared,
         parts.luck(settings, result.winner),
-        *fitness_sections(numbers, settings, result.history),
-        family_section(lineage, result.best.genome),
+        *_search_sections(settings, result.history, lineage, "the winner", result.best),
+        _ledger(result.ledger, result.audit),
+        *_closing_sections(settings, journal),
+    ]
+    return Page(TITLE, _subtitle(settings, len(result.history)), _facts(settings, result), sections)
+
+
+def running_page(
+    settings: RunSettings,
+    history: Sequence[Generation],
+    best: Scored,
+    lineage: Lineage,
+    journal: Journal,
+    state: str,
+) -> Page:
+    """What the report says of a run whose search goes on.
+
+    Args:
+        settings: of the run.
+        history: of the generations that have ended, at least one.
+        best: the best genome so far.
+        lineage: of the search.
+        journal: of the run.
+        state: of the run, in words.
+    """
+    ledger = read_ledger(journal)
+    search = ledger[0]
+    return Page(
+        TITLE,
+        _subtitle(settings, settings.search.generations),
+        [
+            ("generations", f"{len(history)}", f"of {settings.search.generations}"),
+            (
+                f"best fitness, {settings.selection_split} split",
+                f"{best.score.fitness:.4f}",
+                "the best of many: partly luck",
+            ),
+            *_search_facts(search),
+        ],
+        [
+            _rule("The best rule so far", best),
+            *_search_sections(settings, history, lineage, "the best so far", best),
+            _ledger(ledger),
+            *_closing_sections(settings, journal),
+        ],
+        state,
+    )
+
+
+def _subtitle(settings: RunSettings, generations: int) -> str:
+    protocol = "the protocol of the source system" if settings.parity else "selection by validation"
+    if not settings.parity and settings.selection_split == "test":
+        protocol = "the test split selects"
+    return (
+        f"{parts.counted(generations, 'generation')} of {settings.search.population} genomes, "
+        f"trained on {', '.join(settings.tasks)}; {protocol}."
+    )
+
+
+def _search_sections(
+    settings: RunSettings,
+    history: Sequence[Generation],
+    lineage: Lineage,
+    subject: str,
+    best: Scored,
+) -> list[Section]:
+    """What the search has come to."""
+    numbers = [entry.number + 1 for entry in history]
+    asked = [
+        [member.genome for member in generation if member.descent is not Descent.REFINED]
+        for generation in lineage.generations
+    ]
+    return [
+        *fitness_sections(numbers, settings, history),
+        family_section("family", subject, lineage, best.genome),
         parts.terms(numbers, asked),
-        _ledger(result),
+    ]
+
+
+def _closing_sections(settings: RunSettings, journal: Journal) -> list[Section]:
+    return [
         parts.evaluations(journal),
         parts.configuration(settings.to_dict()),
         parts.machine_section(journal, settings.device),
     ]
-    protocol = "the protocol of the source system" if settings.parity else "selection by validation"
-    if not settings.parity and settings.selection_split == "test":
-        protocol = "the test split selects"
-    return Page(
-        "An optimizer evolved by evokernels",
-        f"{len(result.history)} generations of {settings.search.population} genomes, trained on "
-        f"{', '.join(settings.tasks)}; {protocol}.",
-        _facts(settings, result),
-        sections,
-    )
 
 
 def _facts(settings: RunSettings, result: RunResult) -> list[tuple[str, str, str]]:
@@ -117,15 +179,20 @@ def _facts(settings: RunSettings, result: RunResult) -> list[tuple[str, str, str
     evolved, other = map(comparison.overall_fitness, ("evolved", best))
     return [
         ("test fitness of the winner", f"{evolved.mean:.4f}", f"{best}: {other.mean:.4f}"),
-        ("selection bias", f"{result.winner.bias.mean:+.4f}", "search less fresh seeds"),
+        ("selection bias", parts.signed(result.winner.bias.mean), "search less fresh seeds"),
+        *_search_facts(search),
+    ]
+
+
+def _search_facts(search: Cost) -> list[tuple[str, str, str]]:
+    return [
         ("training runs of the search", f"{search.runs:,}", f"{search.steps_taken:,} steps"),
         ("fewer steps by", f"{search.factor or 1.0:.2f} ×", "cache, hurdle and race"),
     ]
 
 
-def _winner(result: RunResult) -> Section:
-    genome = result.best.genome
-    failed = result.best.score.status.failed
+def _rule(title: str, best: Scored) -> Section:
+    genome = best.genome
     items: list[Item] = [
         Rule(genome),
         Text(
@@ -135,9 +202,9 @@ def _winner(result: RunResult) -> Section:
         ),
         Listing(genome.to_json(), "as JSON"),
     ]
-    if failed:
+    if best.score.status.failed:
         items.insert(0, Text("Every genome failed in at least one of its training runs."))
-    return Section("winner", "The winning rule", items)
+    return Section("winner", title, items)
 
 
 def fitness_sections(
@@ -231,72 +298,8 @@ def _tasks(numbers: Sequence[int], settings: RunSettings, history: Sequence[Gene
     )
 
 
-def family_section(lineage: Lineage, winner: Genome) -> Section:
-    """From whom the winner descends."""
-    tree = family(lineage.find(winner))
-    oldest = tree.line[-1]
-    line = list(tree.line)
-    return Section(
-        "family",
-        "The family of the winner",
-        [
-            Text(
-                f"The winner came up in generation {line[0].generation + 1} "
-                f"({line[0].descent.value}) and descends from {len(tree.nodes) - 1} other genomes; "
-                "the line of its better parents begins in generation "
-                f"{oldest.generation + 1}. A genome stands where it first appeared. "
-                "Dashed: refined by ENES."
-            ),
-            Drawing(tree),
-            Table(
-                [
-                    "generation",
-                    "came as",
-                    "fitness",
-                    "terms",
-                    "changed, from the better parent",
-                ],
-                [
-                    [
-                        *(str(member.generation + 1), member.descent.value, _worth(member)),
-                        *(rule_text(member.genome), _changes(member)),
-                    ]
-                    for member in line
-                ],
-                "the winner and its better parents, back to the first" if len(line) > 8 else "",
-                words=5,
-            ),
-        ],
-    )
-
-
-def _worth(member: Member) -> str:
-    score = member.score
-    return score.status.value if score.status.failed else parts.number(score.fitness)
-
-
-def _changes(member: Member) -> str:
-    """What makes a genome different from the better one of its parents."""
-    parent = member.better_parent
-    if parent is None:
-        return "–"
-    changed = []
-    both = parent.genome.to_dict().keys() & member.genome.to_dict().keys()  # beta3 may be new
-    for field in dataclasses.fields(Genome):
-        before, after = (getattr(each.genome, field.name) for each in (parent, member))
-        if before == after or field.name in ("term_types", "alphas") or field.name not in both:
-            continue
-        if isinstance(after, bool):
-            changed.append(f"{field.name} {'on' if after else 'off'}")
-        else:
-            changed.append(f"{field.name} {before:.4g} → {after:.4g}")
-    if rule_text(parent.genome) != rule_text(member.genome):
-        changed.append("terms")
-    return ", ".join(changed) or "nothing that is written with four digits"
-
-
-def _ledger(result: RunResult) -> Section:
-    by_rule = {cost.rule: cost for cost in result.ledger}
+def _ledger(ledger: Sequence[Cost], audited: Audit | None = None) -> Section:
+    by_rule = {cost.rule: cost for cost in ledger}
     taken = [
         (meaning, by_rule[rule].steps_taken, "best" if rule == "search" else "other")
         for rule, meaning in TAKEN.items()
@@ -304,17 +307,17 @@ def _ledger(result: RunResult) -> Section:
     ]
     saved = [(meaning, by_rule[rule].steps_saved, "warn") for rule, meaning in SAVED.items()]
     items: list[Item] = [
-        Text(ledger_line(result.ledger)),
+        Text(ledger_line(ledger)),
         Picture("Training steps taken", pictures.bars("taken", taken)),
         Picture("Training steps saved in the search", pictures.bars("saved", saved)),
         Table(
             ["rule", "runs", "steps taken", "steps saved", "factor"],
-            [_cost(cost) for cost in result.ledger],
+            [_cost(cost) for cost in ledger],
             "the ledger",
         ),
     ]
-    if result.audit:
-        items.append(Text(audit_line(result.audit)))
+    if audited:
+        items.append(Text(audit_line(audited)))
     return Section("steps", "Where the steps went", items)
 
 
