@@ -27,9 +27,10 @@ from __future__ import annotations
 import math
 import numbers
 import os
+import re
 import runpy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -91,6 +92,7 @@ __all__ = [
     "progress",
     "register",
     "registered",
+    "registration",
     "sign",
     "sqrt",
     "tanh",
@@ -148,6 +150,17 @@ def registered() -> Mapping[str, Term | OwnTerm]:
 def definitions() -> tuple[str, ...]:
     """The same in words: name, " = ", formula with all digits."""
     return tuple(f"{name} = {formula_of(term):full}" for name, term in _registered.items())
+
+
+def registration(terms: Iterable[Term | OwnTerm]) -> str:
+    """Lines of Python that register those of these terms that are a user's own."""
+    formulas = {term.name: f"{term.formula:python}" for term in terms if isinstance(term, OwnTerm)}
+    if not formulas:
+        return ""
+    words = {word for text in formulas.values() for word in re.findall(r"[a-z]\w*", text)}
+    names = ", ".join(sorted({"register", *words.intersection(__all__)}))
+    calls = "".join(f"register({name!r}, {text})\n" for name, text in formulas.items())
+    return f"from evokernels.terms import {names}\n{calls}"
 
 
 def load(path: str | os.PathLike[str]) -> None:
