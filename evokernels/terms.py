@@ -29,6 +29,7 @@ import numbers
 import os
 import re
 import runpy
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -164,13 +165,15 @@ def registration(terms: Iterable[Term | OwnTerm]) -> str:
 
 
 def load(path: str | os.PathLike[str]) -> None:
-    """Run a Python file that registers terms.
+    """Run a Python file that registers terms; it may import what lies beside it, as a script may.
 
     Raises:
         TermError: it cannot be run, or registers none.
     """
     before = dict(_registered)
     _registered.clear()
+    folder = os.path.dirname(os.path.abspath(path))
+    sys.path.insert(0, folder)
     try:
         runpy.run_path(os.fspath(path), run_name="evokernels_terms")
     except TermError:
@@ -179,6 +182,7 @@ def load(path: str | os.PathLike[str]) -> None:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise TermError(f"cannot read terms from {os.fspath(path)!r}: {reason}") from error
     finally:
+        sys.path.remove(folder)
         found = dict(_registered)
         _registered.clear()
         _registered.update({**before, **found})
