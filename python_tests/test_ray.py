@@ -8,6 +8,7 @@ import pathlib
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -28,7 +29,7 @@ from evokernels.evolution import executor as executors
 from evokernels.evolution import pool, ray_cluster, ray_executor
 from evokernels.evolution.evaluations import Evaluations, Request
 from evokernels.evolution.executor import InlineExecutor
-from evokernels.evolution.journal import open_journal
+from evokernels.evolution.journal import JOURNAL, open_journal
 from evokernels.evolution.pool import Evaluation, Pool
 from evokernels.evolution.ray_cluster import Need
 from evokernels.evolution.ray_executor import RayExecutor
@@ -417,17 +418,30 @@ def start(folder, *arguments):
 
 
 def test_a_coordinator_that_is_killed_leaves_nothing_and_resumes(
-    cluster, two, free, command, tmp_path
+    cluster, two, free, command, tmp_path, monkeypatch
 ):
+    """With terms of its own, of which only the coordinators have read."""
+    monkeypatch.setattr(genome, "_own_terms", {})
+    monkeypatch.setattr(terms, "_registered", {})
+    file = tmp_path / "terms.py"
+    file.write_text(
+        "from evokernels.terms import *\n"
+        "for i in range(20): register(f'OWN_{i}', tanh(average(g, 0.5)) * progress + i * m)\n"
+    )
+    given = ("--terms", file, "--population", "6", "--generations", "2")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert command("--out", whole, "--workers", "1")[0] == 0
+    assert command("--out", whole, "--workers", "1", *given)[0] == 0
+    with contextlib.closing(sqlite3.connect(whole / JOURNAL)) as journal:
+        genomes = journal.execute("SELECT genome FROM evaluation").fetchall()
+    assert sum("OWN_" in text for (text,) in genomes) >= 2
     own = set(actors())
-    with ended_at_last(start(broken, "--address", cluster.address)) as process:
+    with ended_at_last(start(broken, "--address", cluster.address, *given)) as process:
         wait_until(lambda: rows(broken) >= 3 or process.poll() is not None)
         assert process.poll() is None, (tmp_path / "errors").read_text()
     wait_until(lambda: set(actors()) <= own)
     made = rows(broken)
-    code, _, err = command("--executor", "ray", "--address", cluster.address, "--out", broken)
+    ray_there = ("--executor", "ray", "--address", cluster.address)
+    code, _, err = command(*ray_there, "--out", broken, *given)
     assert code == 0, err
     assert 3 <= made < rows(broken) == rows(whole)
     assert files(broken) == files(whole)
