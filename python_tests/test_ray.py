@@ -487,13 +487,25 @@ def test_a_head_that_is_silent(cluster, two, free, monkeypatch):
             call.result(DEADLINE)
 
 
-def test_an_error_of_ray_ends_all_calls(cluster, two, free, monkeypatch):
+def test_an_error_of_ray_ends_all_calls(cluster, two, free, monkeypatch, caplog):
+    """And a machine without a C compiler is named."""
+
+    class Bare(ray_executor._Actor):
+        def about(self, need):
+            os.environ["CC"] = "none"
+            return super().about(need)
+
+    monkeypatch.setattr(ray_executor, "_Actor", Bare)
     with RayExecutor(Need(1), 1, cluster.address) as executor:
         call = executor.submit(time.sleep, 1e6)
         wait_until(call.running)
         monkeypatch.setattr(executor, "_room", lambda: 1 / 0)
         with pytest.raises(WorkerError, match="the Ray cluster fails: division by zero"):
             call.result(DEADLINE)
+    (warning,) = caplog.messages
+    assert re.match(
+        r"the machine 127\.0\.0\.\d has no C compiler: rules with terms beyond", warning
+    )
 
 
 def test_a_machine_that_goes_excuses_workers_that_do_not_start(
