@@ -555,10 +555,14 @@ def test_definitions_have_all_digits():
 
 
 def test_terms_from_a_file(tmp_path):
-    path = pathlib.Path(tmp_path, "mine.py")
-    path.write_text("from evokernels.terms import *\nregister('SQUASHED', tanh(g))\n")
+    path, searched = pathlib.Path(tmp_path, "mine.py"), list(sys.path)
+    (tmp_path / "beside_mine.py").write_text("from evokernels.terms import g, tanh\nX = tanh(g)\n")
+    path.write_text(
+        "from beside_mine import X\nfrom evokernels import terms\nterms.register('SQUASHED', X)\n"
+    )
     terms.load(path)
     terms.load(path)  # again: a script may ask for it twice
+    assert sys.path == searched
     assert terms.definitions() == ("SQUASHED = tanh(g)",)
     for text, message in (
         ("x = 1", "registers no term"),
