@@ -52,7 +52,7 @@ def node(cluster, address, **resources):
 @pytest.fixture(scope="module")
 def cluster():
     """A head that has no room for workers, and two machines with room for one each."""
-    noticed_soon = {"health_check_period_ms": 300, "health_check_failure_threshold": 2}
+    noticed_soon = {"health_check_period_ms": 300, "health_check_failure_threshold": 5}
     head = {
         **{"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE},
         "_system_config": {"health_check_initial_delay_ms": 0, **noticed_soon},
