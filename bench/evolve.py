@@ -177,7 +177,7 @@ def summary(settings: RunSettings, folder: pathlib.Path, result: RunResult) -> s
 
 {folder} has {", ".join(files)} and the journal. To train with the genome:
 
-{textwrap.indent(report.usage(folder, settings.conditions.steps), "    ")}"""
+{textwrap.indent(report.usage(folder, result.best.genome, settings.conditions.steps), "    ")}"""
 
 
 def told(settings: RunSettings, folder: pathlib.Path, result: RunResult) -> str:

@@ -4,10 +4,12 @@ that says how near is near. The tests and fuzz.py share it.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import random
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ from eager import eager_update
 
 from evokernels import Genome
 from evokernels.compiler.evaluate import reference_step, reference_update
-from evokernels.compiler.expr import Average
+from evokernels.compiler.expr import ON_ARRAYS, Average
 from evokernels.compiler.schedule import learning_rate_factor
 from evokernels.genome import CATALOGUES
 from evokernels.kernels.plan import ARITHMETIC
@@ -23,6 +25,7 @@ from evokernels.kernels.plan import ARITHMETIC
 __all__ = [
     *("DTYPES", "SHAPES", "allowed_distance", "assert_near", "eager_formulas", "eager_step"),
     *("eager_steps", "exact_step", "exact_steps", "exact_update", "precise", "random_genome"),
+    "undecided",
 ]
 
 SHAPES = [(), (0,), (1,), (63,), (1000,), (17, 241)]  # the last: 4097 elements
@@ -98,6 +101,58 @@ def eager_formulas(
         name: tensor.to(tensors[name].dtype if name in tensors else arithmetic)
         for name, tensor in new.items()
     }
+
+
+def undecided(
+    genome: Genome,
+    exact: Mapping[str | Average, np.ndarray],
+    eager: Mapping[str | Average, torch.Tensor],
+    t: int,
+    total_steps: int,
+) -> np.ndarray:
+    """Elements at which a sign or a choice of the update hangs on a rounding: what it is taken of
+    is as near to the switch as the tolerance rule lets it be wrong.
+
+    Args:
+        exact: what `exact_update` takes.
+        eager: what `eager_formulas` takes, of the same step.
+    """
+    margins: list[np.ndarray] = []
+    rounded: list[torch.Tensor] = []
+    reference = functools.partial(
+        reference_update,
+        genome,
+        t=t,
+        lr_factor=learning_rate_factor(genome, t - 1, total_steps),
+        training_steps=total_steps,
+    )
+    reference(exact, meanings=_noting(ON_ARRAYS, margins))
+    reference(eager, meanings=_noting(_ON_TENSORS, rounded))
+    found = np.zeros(exact["p"].shape, bool)
+    # where nothing has ever come, nothing is rounded
+    moved = np.any([x != 0 for name, x in exact.items() if name != "p"], axis=0)
+    for margin, near in zip(margins, rounded, strict=True):
+        if np.ndim(margin):  # else the choice is the same for all elements
+            # what an earlier switch has led elsewhere says nothing of rounding
+            sound = ~found
+            exactly, nearly = margin[sound], near[torch.from_numpy(sound)]
+            distance = allowed_distance(exactly, nearly, nearly.dtype)
+            found[sound] = (np.abs(exactly) <= distance) & moved[sound]
+    return found
+
+
+def _noting(meanings: Mapping[str, Callable], margins: list) -> dict[str, Callable]:
+    """Operations that note how far from its switch each operand is."""
+
+    def sign(x: Any) -> Any:
+        margins.append(x)
+        return meanings["sign"](x)
+
+    def where(a: Any, b: Any, x: Any, y: Any) -> Any:
+        margins.append(a - b)
+        return meanings["where"](a, b, x, y)
+
+    return {**meanings, "sign": sign, "where": where}
 
 
 def _on_tensors(operation: Callable) -> Callable:

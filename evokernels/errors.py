@@ -15,6 +15,7 @@ __all__ = [
     "StrategyError",
     "TermError",
     "TermWarning",
+    "UnknownTermError",
     "WorkerError",
 ]
 
@@ -25,6 +26,10 @@ class EvokernelsError(Exception):
 
 class GenomeError(EvokernelsError, ValueError):
     """A genome field, or a genome file, is not valid."""
+
+
+class UnknownTermError(GenomeError):
+    """A genome has a term that is not registered in this process."""
 
 
 class ArchitectureError(EvokernelsError, ValueError):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 from evokernels.document import Document
-from evokernels.errors import GenomeError, TermError
+from evokernels.errors import GenomeError, TermError, UnknownTermError
 
 __all__ = ["CATALOGUES", "Genome", "OwnTerm", "Term", "add_own_term", "find_term", "own_terms"]
 
@@ -109,7 +109,7 @@ def add_own_term(name: str, formula: Formula) -> OwnTerm:
 
 
 def find_term(value: object) -> Term | OwnTerm:
-    """A term from itself, its name or its integer code; raises GenomeError."""
+    """A term from itself, its name or its integer code; raises UnknownTermError."""
     if isinstance(value, OwnTerm) and _own_terms.get(value.name) == value:
         return value
     if isinstance(value, str) and value in Term.__members__:
@@ -119,7 +119,7 @@ def find_term(value: object) -> Term | OwnTerm:
     is_code = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if is_code and int(value) in Term._value2member_map_:
         return Term(int(value))
-    raise GenomeError(
+    raise UnknownTermError(
         f"term_types holds {value!r}, which is no term; use one of "
         f"{', '.join([*(f'{t.name} ({t.value})' for t in Term), *_own_terms])}, or register it "
         "before: evokernels.terms.register(name, formula), for commands in a file: --terms FILE"
@@ -242,6 +242,11 @@ class Genome(Document):
     def weight_decay(self) -> float:
         """Decoupled weight decay."""
         return 10.0**self.wd_log10
+
+    @property
+    def definitions(self) -> list[str]:
+        """Those of its terms that are a user's own."""
+        return [term.definition for term in self.term_types if isinstance(term, OwnTerm)]
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict: terms by name, no decay (``wd_log10 = -inf``) as None.

@@ -28,9 +28,11 @@ from __future__ import annotations
 import math
 import numbers
 import os
+import re
 import runpy
+import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -94,6 +96,7 @@ __all__ = [
     "progress",
     "register",
     "registered",
+    "registration",
     "sign",
     "sqrt",
     "tanh",
@@ -153,14 +156,27 @@ def definitions() -> tuple[str, ...]:
     return tuple(f"{name} = {formula_of(term):full}" for name, term in _registered.items())
 
 
+def registration(terms: Iterable[Term | OwnTerm]) -> str:
+    """Lines of Python that register those of these terms that are a user's own."""
+    formulas = {term.name: f"{term.formula:python}" for term in terms if isinstance(term, OwnTerm)}
+    if not formulas:
+        return ""
+    words = {word for text in formulas.values() for word in re.findall(r"[a-z]\w*", text)}
+    names = ", ".join(sorted({"register", *words.intersection(__all__)}))
+    calls = "".join(f"register({name!r}, {text})\n" for name, text in formulas.items())
+    return f"from evokernels.terms import {names}\n{calls}"
+
+
 def load(path: str | os.PathLike[str]) -> None:
-    """Run a Python file that registers terms.
+    """Run a Python file that registers terms; it may import what lies beside it, as a script may.
 
     Raises:
         TermError: it cannot be run, or registers none.
     """
     before = dict(_registered)
     _registered.clear()
+    folder = os.path.dirname(os.path.abspath(path))
+    sys.path.insert(0, folder)
     try:
         runpy.run_path(os.fspath(path), run_name="evokernels_terms")
     except TermError:
@@ -169,6 +185,7 @@ def load(path: str | os.PathLike[str]) -> None:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise TermError(f"cannot read terms from {os.fspath(path)!r}: {reason}") from error
     finally:
+        sys.path.remove(folder)
         found = dict(_registered)
         _registered.clear()
         _registered.update({**before, **found})

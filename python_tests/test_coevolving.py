@@ -17,7 +17,7 @@ import pytest
 from report_page import lasting
 from synthetic import SyntheticTraining, killed_after
 
-from evokernels import Architecture, Genome, zoo
+from evokernels import Architecture, Genome, genome, terms, zoo
 from evokernels.errors import ArchitectureError, JournalError, SettingsError
 from evokernels.evolution import coevolution_pictures, coevolution_report, journal, pool
 from evokernels.evolution.coevolution_history import (
@@ -594,6 +594,15 @@ def test_a_small_run_trains_and_its_script_trains_the_best_pair(tmp_path, capsys
     alike = train(result.best.pair.trial(*settings.tasks, seed=0, purpose=Purpose.REPORT))
     accuracy = float(printed.removeprefix("6 steps: test accuracy "))
     assert accuracy == pytest.approx(alike.test_accuracy, abs=0.005)
+
+    monkeypatch.setattr(genome, "_own_terms", {})  # a winner of terms that the script registers
+    own = Genome([genome.add_own_term("OWN", terms.average(terms.g, 0.5))])
+    coevolution_report.write_progress(
+        tmp_path, result.history, Pair(result.best.pair.architecture, own)
+    )
+    (tmp_path / "train_best.py").write_text(coevolution_report.training_script(settings, own))
+    genome._own_terms.clear()
+    assert runpy.run_path(script)["genome"] == own
 
 
 def test_the_script_trains_the_first_of_several_tasks(training, tmp_path):

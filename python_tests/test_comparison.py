@@ -11,7 +11,7 @@ import statistics
 
 import pytest
 
-from evokernels import zoo
+from evokernels import Genome, genome, terms, zoo
 from evokernels.errors import DatasetError, JournalError, SettingsError
 from evokernels.evolution import pool, report, tuning
 from evokernels.evolution.baselines import BASELINES, Baseline, optimizer_key
@@ -347,6 +347,20 @@ def test_other_conditions_are_refused(training, tmp_path):
 def test_settings_that_cannot_be(change, error, message):
     with pytest.raises(error, match=message):
         dataclasses.replace(CONTEST, **change)
+
+
+def test_a_journal_of_terms_that_nobody_has_registered(tmp_path, monkeypatch):
+    monkeypatch.setattr(genome, "_own_terms", {})
+    optimizer = Genome([genome.add_own_term("OWN", terms.tanh(terms.m))])
+    outcome = Outcome(Status.OK, 0.5, 0.5, 1.0, 500, 1.0, "digest")
+    with open_journal(tmp_path, {}) as journal:
+        journal.add(Entry(None, None, "key", Trial(optimizer, MINI, 7), outcome))
+    genome._own_terms.clear()
+    with (
+        pytest.raises(JournalError, match=r"cannot read .*: term_types holds 'OWN', .* --terms"),
+        open_journal(tmp_path, {}),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

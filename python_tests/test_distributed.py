@@ -38,12 +38,19 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from evokernels import FusedEvolvedOptimizer, zoo
+from evokernels import FusedEvolvedOptimizer, Genome, zoo
 from evokernels.errors import OptimizerError
+from evokernels.genome import add_own_term
 from evokernels.kernels.registry import BACKENDS
 from evokernels.optim.sharding import SumOverShards, local
+from evokernels.terms import average, g, m
 
-GENOMES = {"evolved_2025": zoo.evolved_2025, "adamw": zoo.adamw}
+AVERAGED = add_own_term("DISTRIBUTED", average(g * m, 0.8) + average(g, 0.5))
+GENOMES = {
+    "evolved_2025": zoo.evolved_2025,
+    "adamw": zoo.adamw,
+    "averages": Genome([AVERAGED, "BELIEF"], [0.1, 1.0]),
+}
 STEPS, SAVED_AT = 6, 3
 # torch says so where a checkpoint is written or read by one process
 ALONE = "ignore:torch.distributed is disabled, unavailable or uninitialized"

@@ -36,6 +36,8 @@ MAY_IMPORT = {
         *("search", "optim", "tasks", "compiler", "genome", "architecture", "zoo", "errors"),
         *("document", "torch", "numpy", "matplotlib", "tqdm", "pytorch_optimizer", "ray"),
         *("jinja2", "tensorboard"),
+        "terms",  # for what runs leave behind: Python that registers them
+        "kernels",  # whether a worker has a C compiler
     },
     # public names and nothing else, so nothing from outside
     PUBLIC: {

@@ -8,6 +8,7 @@ import pathlib
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -28,7 +29,7 @@ from evokernels.evolution import executor as executors
 from evokernels.evolution import pool, ray_cluster, ray_executor
 from evokernels.evolution.evaluations import Evaluations, Request
 from evokernels.evolution.executor import InlineExecutor
-from evokernels.evolution.journal import open_journal
+from evokernels.evolution.journal import JOURNAL, open_journal
 from evokernels.evolution.pool import Evaluation, Pool
 from evokernels.evolution.ray_cluster import Need
 from evokernels.evolution.ray_executor import RayExecutor
@@ -51,7 +52,7 @@ def node(cluster, address, **resources):
 @pytest.fixture(scope="module")
 def cluster():
     """A head that has no room for workers, and two machines with room for one each."""
-    noticed_soon = {"health_check_period_ms": 300, "health_check_failure_threshold": 2}
+    noticed_soon = {"health_check_period_ms": 300, "health_check_failure_threshold": 5}
     head = {
         **{"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE},
         "_system_config": {"health_check_initial_delay_ms": 0, **noticed_soon},
@@ -417,17 +418,30 @@ def start(folder, *arguments):
 
 
 def test_a_coordinator_that_is_killed_leaves_nothing_and_resumes(
-    cluster, two, free, command, tmp_path
+    cluster, two, free, command, tmp_path, monkeypatch
 ):
+    """With terms of its own, of which only the coordinators have read."""
+    monkeypatch.setattr(genome, "_own_terms", {})
+    monkeypatch.setattr(terms, "_registered", {})
+    file = tmp_path / "terms.py"
+    file.write_text(
+        "from evokernels.terms import *\n"
+        "for i in range(20): register(f'OWN_{i}', tanh(average(g, 0.5)) * progress + i * m)\n"
+    )
+    given = ("--terms", file, "--population", "6", "--generations", "2")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert command("--out", whole, "--workers", "1")[0] == 0
+    assert command("--out", whole, "--workers", "1", *given)[0] == 0
+    with contextlib.closing(sqlite3.connect(whole / JOURNAL)) as journal:
+        genomes = journal.execute("SELECT genome FROM evaluation").fetchall()
+    assert sum("OWN_" in text for (text,) in genomes) >= 2
     own = set(actors())
-    with ended_at_last(start(broken, "--address", cluster.address)) as process:
+    with ended_at_last(start(broken, "--address", cluster.address, *given)) as process:
         wait_until(lambda: rows(broken) >= 3 or process.poll() is not None)
         assert process.poll() is None, (tmp_path / "errors").read_text()
     wait_until(lambda: set(actors()) <= own)
     made = rows(broken)
-    code, _, err = command("--executor", "ray", "--address", cluster.address, "--out", broken)
+    ray_there = ("--executor", "ray", "--address", cluster.address)
+    code, _, err = command(*ray_there, "--out", broken, *given)
     assert code == 0, err
     assert 3 <= made < rows(broken) == rows(whole)
     assert files(broken) == files(whole)
@@ -473,13 +487,25 @@ def test_a_head_that_is_silent(cluster, two, free, monkeypatch):
             call.result(DEADLINE)
 
 
-def test_an_error_of_ray_ends_all_calls(cluster, two, free, monkeypatch):
+def test_an_error_of_ray_ends_all_calls(cluster, two, free, monkeypatch, caplog):
+    """And a machine without a C compiler is named."""
+
+    class Bare(ray_executor._Actor):
+        def about(self, need):
+            os.environ["CC"] = "none"
+            return super().about(need)
+
+    monkeypatch.setattr(ray_executor, "_Actor", Bare)
     with RayExecutor(Need(1), 1, cluster.address) as executor:
         call = executor.submit(time.sleep, 1e6)
         wait_until(call.running)
         monkeypatch.setattr(executor, "_room", lambda: 1 / 0)
         with pytest.raises(WorkerError, match="the Ray cluster fails: division by zero"):
             call.result(DEADLINE)
+    (warning,) = caplog.messages
+    assert re.match(
+        r"the machine 127\.0\.0\.\d has no C compiler: rules with terms beyond", warning
+    )
 
 
 def test_a_machine_that_goes_excuses_workers_that_do_not_start(

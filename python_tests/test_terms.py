@@ -1,6 +1,7 @@
 """Terms of a user's own and the wide catalogue: what they mean, and what is turned down."""
 
 import dataclasses
+import io
 import json
 import math
 import pathlib
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import assert_near, eager_formulas, exact_update, precise
+from own_rules import FORMULAS
 
 from evokernels import FusedEvolvedOptimizer, Genome, Term, genome, terms, zoo
 from evokernels.compiler.canonical import canonical_key
@@ -31,7 +33,7 @@ from evokernels.errors import (
     TermError,
     TermWarning,
 )
-from evokernels.evolution import run
+from evokernels.evolution import report, run
 from evokernels.evolution.settings import RunSettings
 from evokernels.evolution.trial import Conditions
 from evokernels.genome import CATALOGUES, find_term
@@ -478,6 +480,50 @@ def test_genomes_hold_own_terms_by_name(tmp_path):
         Genome.from_dict(data)
 
 
+@pytest.mark.parametrize("name", [name for name in FORMULAS if name != "four averages"])
+def test_the_python_of_a_term_registers_it(name):
+    term = register("OWN", FORMULAS[name] + g / (abs(m * -1e-7 - 0.1) + 1 / 3))
+    text = terms.registration([Term.GRAD, term])
+    genome._own_terms.clear()
+    exec(text, {})
+    assert genome.own_terms() == {"OWN": term}
+    assert terms.registration([Term.GRAD]) == ""
+
+
+def test_the_usage_of_a_winner_registers_its_terms(tmp_path):
+    rule = Genome([register("OWN", tanh(g) * progress)])
+    report.write_best_genome(tmp_path, rule)
+    lines = report.usage(tmp_path, rule, 5)
+    genome._own_terms.clear()
+    made = {"model": torch.nn.Linear(2, 1)}
+    exec(lines, made)
+    assert made["optimizer"].param_groups[0]["genome"] == rule
+    assert "terms" not in report.usage(tmp_path, zoo.adam, 5)
+
+
+def test_a_checkpoint_knows_its_formulas():
+    """A name that now means something else would train on with another rule."""
+    rule = Genome([register("OWN", average(g, 0.9))])
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.ones(3)
+    optimizer = FusedEvolvedOptimizer([parameter], rule)
+    optimizer.step()
+    saved = io.BytesIO()
+    torch.save(optimizer.state_dict(), saved)
+    state = torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
+    optimizer.load_state_dict(state)
+    assert state["param_groups"][0].keys() - optimizer.param_groups[0].keys() == {"own_terms"}
+    del state["param_groups"][0]["own_terms"]  # one of before it had them
+    optimizer.load_state_dict(state)
+    genome._own_terms.clear()
+    register("OWN", average(g, 0.9 + 1e-12))
+    other = FusedEvolvedOptimizer([parameter], zoo.adam)
+    state = torch.load(io.BytesIO(saved.getvalue()), weights_only=True)
+    words = r"saved with OWN = average\(g, 0\.9\), but here it is OWN = average\(g, 0\.9000"
+    with pytest.raises(OptimizerError, match=words):
+        other.load_state_dict(state)
+
+
 def test_pickled_genomes_bring_their_terms():
     rule = Genome([register("SQUASHED", tanh(g) * average(m, beta3))], beta3=0.75)
     sent = pickle.dumps(rule)
@@ -541,10 +587,14 @@ def test_definitions_have_all_digits():
 
 
 def test_terms_from_a_file(tmp_path):
-    path = pathlib.Path(tmp_path, "mine.py")
-    path.write_text("from evokernels.terms import *\nregister('SQUASHED', tanh(g))\n")
+    path, searched = pathlib.Path(tmp_path, "mine.py"), list(sys.path)
+    (tmp_path / "beside_mine.py").write_text("from evokernels.terms import g, tanh\nX = tanh(g)\n")
+    path.write_text(
+        "from beside_mine import X\nfrom evokernels import terms\nterms.register('SQUASHED', X)\n"
+    )
     terms.load(path)
     terms.load(path)  # again: a script may ask for it twice
+    assert sys.path == searched
     assert terms.definitions() == ("SQUASHED = tanh(g)",)
     for text, message in (
         ("x = 1", "registers no term"),
@@ -576,12 +626,15 @@ def test_a_run_with_own_terms_resumes_and_knows_its_formulas(tmp_path):
     assert b'"beta3": 0.9' in text
     resumed = run.evolve(settings, tmp_path / "1")
     assert (resumed.evaluations, resumed.best) == (0, runs[0].best)
-    genome._own_terms.clear()
-    terms._registered.clear()
-    register("DAMPED", g / (2 + abs(g)))
-    other = dataclasses.replace(search, own_terms=terms.definitions())
-    with pytest.raises(JournalError, match="other settings: own_terms"):
-        run.evolve(dataclasses.replace(settings, search=other), tmp_path / "1")
+    for changed in (None, g / (2 + abs(g))):
+        genome._own_terms.clear()
+        terms._registered.clear()
+        if changed is not None:
+            register("DAMPED", changed)
+        other = dataclasses.replace(search, own_terms=terms.definitions())
+        with pytest.raises(JournalError, match="other settings: own_terms"):
+            run.evolve(dataclasses.replace(settings, search=other), tmp_path / "1")
+    assert (tmp_path / "1" / "journal.sqlite").read_bytes() == text
 
 
 def test_json_of_the_wide_catalogue_needs_no_registration():

@@ -73,8 +73,11 @@ class Expr:
         return -1.0 * self
 
     def __format__(self, spec: str) -> str:
-        """As text, whose numbers have six digits, or with "full" all."""
-        return str(_in_full(self)) if spec == "full" else format(str(self), spec)
+        """As text, whose numbers have six digits, or with "full" all; with "python" as one writes
+        it, with all digits, too."""
+        if spec in ("full", "python"):
+            return str(_in_full(self, python=spec == "python"))
+        return format(str(self), spec)
 
     def reads(self, name: str) -> bool:
         """Whether a symbol of that name is anywhere in it."""
@@ -361,12 +364,15 @@ def _negated(expr: Expr) -> Expr | None:
     return expr.args[1] if minus else None
 
 
-def _in_full(expr: Expr) -> Expr:
-    """An expression whose text has all digits of its numbers."""
+def _in_full(expr: Expr, python: bool) -> Expr:
+    """An expression whose text has all digits of its numbers, and may have to be Python."""
     if isinstance(expr, Call):
-        return Call(expr.op, tuple(map(_in_full, expr.args)))
+        args = tuple(_in_full(arg, python) for arg in expr.args)
+        if python and expr.op == "abs":  # |x| elsewhere
+            return Symbol(f"abs({args[0]})", per_element=True)
+        return Call(expr.op, args)
     if isinstance(expr, Average):
-        return Average(_in_full(expr.value), _in_full(expr.beta))
+        return Average(_in_full(expr.value, python), _in_full(expr.beta, python))
     if isinstance(expr, Constant) and float(str(expr)) != expr.value:
         return Symbol(repr(expr.value), per_element=False)
     return expr

@@ -15,6 +15,8 @@ from evokernels.evolution.html_report.page import REPORT
 from evokernels.evolution.pairs import Measured, Pair
 from evokernels.evolution.tuning import setting
 from evokernels.evolution.winner import winner_csv
+from evokernels.genome import Genome
+from evokernels.terms import registration
 
 __all__ = ["FILES", "write_progress", "write_result"]
 
@@ -42,7 +44,9 @@ def write_result(
     write_atomically(folder / PARETO, pareto_csv(result.pairs).encode())
     write_atomically(folder / COMPARISON, comparison_csv(result).encode())
     write_atomically(folder / WINNER_FILE, winner_csv(result.winner, settings).encode())
-    write_atomically(folder / SCRIPT, training_script(settings).encode())
+    write_atomically(
+        folder / SCRIPT, training_script(settings, result.best.pair.optimizer).encode()
+    )
     plot_history(folder / HISTORY_PLOT, result.history)
     plot_pareto(folder / PARETO_PLOT, settings, result)
 
@@ -112,7 +116,7 @@ def _csv(columns: Mapping[str, Callable[[Line], object]], lines: Sequence[Line])
     return csv_text(columns, [[value(line) for value in columns.values()] for line in lines])
 
 
-def training_script(settings: CoevolutionSettings) -> str:
+def training_script(settings: CoevolutionSettings, optimizer: Genome) -> str:
     """Python that rebuilds the best pair from its two files and trains it on the first task."""
     conditions = settings.conditions
     return f'''\
@@ -128,7 +132,7 @@ import torch
 
 from evokernels import Architecture, FusedEvolvedOptimizer, Genome
 from evokernels.tasks import Batches, get_task, training_batches
-
+{registration(optimizer.term_types)}
 FOLDER = pathlib.Path(__file__).parent
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else {conditions.steps}
 

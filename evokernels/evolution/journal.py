@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from evokernels.architecture import Architecture
-from evokernels.errors import JournalError
+from evokernels.errors import JournalError, UnknownTermError
 from evokernels.evolution.records import (
     individual_from_json,
     to_json,
@@ -343,8 +343,9 @@ def _check(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
         (evaluations,) = connection.execute("SELECT count(*) FROM evaluation").fetchone()
         if not evaluations:
             return  # a run that failed at its start, perhaps because of its settings
+        # first, since genomes may have terms that other settings know
         _check_settings(path, json.loads(text), settings)
-        # what lies inside a value is not SQLite's to check; with other terms it could not be read
+        # what lies inside a value is not SQLite's to check
         for row in connection.execute(f"SELECT {COLUMNS} FROM evaluation"):
             _entry(row)
         for (genome,) in connection.execute("SELECT genome FROM candidate"):
@@ -389,6 +390,8 @@ def _clear_errors(path: pathlib.Path) -> Iterator[None]:
         yield
     except sqlite3.OperationalError as error:
         raise JournalError(f"cannot use {path}: {error}; check the folder and the disk") from None
+    except UnknownTermError as error:
+        raise JournalError(f"cannot read {path}: {error}") from None
     except (sqlite3.DatabaseError, ValueError, TypeError, RecursionError) as error:
         raise JournalError(
             f"{path} is damaged: {error}; restore it from a copy, or use another run folder"

@@ -18,10 +18,11 @@ from collections.abc import Mapping
 import ray
 import torch
 
-from evokernels.errors import SettingsError, WorkerError
+from evokernels.errors import BackendError, SettingsError, WorkerError
 from evokernels.evolution.evaluator import EVALUATION_VERSION
+from evokernels.kernels.c_compiler import CCompiler
 
-__all__ = ["Head", "Need", "connect", "processor", "room", "versions"]
+__all__ = ["Head", "Need", "compiles", "connect", "processor", "room", "versions"]
 
 # Seconds that a cluster may take to answer. Ray itself would try for minutes, and then end the
 # process.
@@ -190,6 +191,18 @@ def processor(need: Need) -> str:
     if need.gpus and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def compiles(need: Need) -> bool:
+    """Whether rules beyond the classic catalogue have kernels in this process, as far as a CPU is
+    asked for: without a C compiler they are computed otherwise."""
+    if need.gpus:
+        return True
+    try:
+        CCompiler.find()
+    except BackendError:
+        return False
+    return True
 
 
 def _cores() -> int:

@@ -33,7 +33,15 @@ from evokernels.evolution.executor import (
     WorkerLost,
     answering,
 )
-from evokernels.evolution.ray_cluster import Head, Need, connect, processor, room, versions
+from evokernels.evolution.ray_cluster import (
+    Head,
+    Need,
+    compiles,
+    connect,
+    processor,
+    room,
+    versions,
+)
 
 __all__ = ["RayExecutor"]
 
@@ -84,6 +92,7 @@ class RayExecutor(WorkerExecutor):
         self._waiting: deque[_Call] = deque()
         self._workers: list[_Worker] = []
         self._processors: list[str] = []
+        self._without_compiler: set[str] = set()  # addresses of machines
         self._looked = self._moved = self._answered = time.monotonic()
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -235,6 +244,13 @@ class RayExecutor(WorkerExecutor):
             if len(self._processors) > 1:
                 words = "workers have different processors (%s): the last bits of results differ"
                 logging.getLogger(__name__).warning(words, ", ".join(self._processors))
+        if not about.compiles and worker.where not in self._without_compiler:
+            self._without_compiler.add(worker.where)
+            words = (
+                "the machine %s has no C compiler: rules with terms beyond the classic catalogue "
+                "are slow there, and the last bits of their results differ"
+            )
+            logging.getLogger(__name__).warning(words, worker.where)
 
     def _begun(self, worker: _Worker, call: _Call, answer: concurrent.futures.Future) -> None:
         if worker not in self._workers:  # killed, and its call settled
@@ -368,6 +384,7 @@ class _About:
     pid: int
     versions: dict[str, str]
     processor: str
+    compiles: bool
 
 
 class _Actor:
@@ -377,7 +394,7 @@ class _Actor:
         """Asked once, first."""
         node = ray.get_runtime_context().get_node_id()
         where, pid = ray.util.get_node_ip_address(), os.getpid()
-        return _About(where, node, pid, versions(), processor(need))
+        return _About(where, node, pid, versions(), processor(need), compiles(need))
 
     def begin(self, call: bytes) -> bool:
         """Prepare for it; whether that went well."""

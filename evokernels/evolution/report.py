@@ -15,6 +15,7 @@ from evokernels.evolution.ledger import Cost, ledger_csv
 from evokernels.evolution.settings import RunSettings
 from evokernels.evolution.winner import Winner, winner_csv
 from evokernels.genome import Genome
+from evokernels.terms import registration
 
 __all__ = [
     "COMPARISON_FILES",
@@ -85,16 +86,18 @@ def write_audit(folder: pathlib.Path, audit: Audit) -> None:
     write_atomically(folder / AUDIT, audit_csv(audit).encode())
 
 
-def usage(folder: pathlib.Path, steps: int) -> str:
-    """Three lines of Python that put the best genome to work on a ``model``.
+def usage(folder: pathlib.Path, genome: Genome, steps: int) -> str:
+    """Lines of Python that put the best genome to work on a ``model``.
 
     Args:
         folder: the run folder.
+        genome: the best one, whose own terms are registered.
         steps: the length of training to fill in: the one that the genome was selected at.
     """
     path = str((folder / BEST_GENOME).resolve())
     return (
         "from evokernels import FusedEvolvedOptimizer, Genome\n"
+        f"{registration(genome.term_types)}"
         f"genome = Genome.load({path!r})\n"
         f"optimizer = FusedEvolvedOptimizer(model.parameters(), genome, total_steps={steps})"
     )

@@ -21,6 +21,7 @@ __all__ = [
     "beta_pair",
     "check_apart",
     "check_counts",
+    "check_definitions",
     "check_flag",
     "check_genome",
     "check_group",
@@ -86,6 +87,19 @@ def check_counts(steps: Iterable[float]) -> None:
     for step in steps:
         if not 0 <= step < math.inf:
             raise OptimizerError(f"step in the state must be a whole number from 0 on, got {step}")
+
+
+def check_definitions(genome: Genome, definitions: list[str] | None) -> None:
+    """Raises OptimizerError if terms of a genome had other formulas when its state was saved.
+
+    Args:
+        definitions: those of the state; None where it has none.
+    """
+    if definitions is not None and definitions != genome.definitions:
+        raise OptimizerError(
+            f"the state was saved with {'; '.join(definitions)}, but here it is "
+            f"{'; '.join(genome.definitions)}; register the terms that it was saved with"
+        )
 
 
 def check_flag(name: str, value: Any) -> None:

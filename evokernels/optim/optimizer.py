@@ -21,6 +21,7 @@ from evokernels.optim.binding import Binding
 from evokernels.optim.checks import (
     check_apart,
     check_counts,
+    check_definitions,
     check_flag,
     check_genome,
     check_group,
@@ -39,6 +40,9 @@ __all__ = ["FusedEvolvedOptimizer"]
 # Between the seeds of the shards of a tensor: 2^64 over the golden ratio, which keeps them off the
 # small numbers that people choose.
 _SEEDS_APART = 0x9E3779B97F4A7C15
+
+# What a state calls the formulas that its genome has by name.
+_OWN_TERMS = "own_terms"
 
 
 class FusedEvolvedOptimizer(torch.optim.Optimizer):
@@ -279,7 +283,10 @@ class FusedEvolvedOptimizer(torch.optim.Optimizer):
 
 def _pack_genomes(optimizer: FusedEvolvedOptimizer, state_dict: dict[str, Any]) -> None:
     for group in state_dict["param_groups"]:
-        group["genome"] = group["genome"].to_dict()
+        genome = group["genome"]
+        group["genome"] = genome.to_dict()
+        if genome.definitions:  # which may be others where the state is loaded
+            group[_OWN_TERMS] = genome.definitions
 
 
 @dataclass(frozen=True)
@@ -303,6 +310,7 @@ def _prepare_to_load(
         group = {**ours, **theirs}  # a state of torch's Adam brings no genome
         if isinstance(group["genome"], dict):
             group["genome"] = Genome.from_dict(group["genome"])
+        check_definitions(group["genome"], group.pop(_OWN_TERMS, None))
         _fit_options(group)
         check_group(group)
         groups.append(group)
