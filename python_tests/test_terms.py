@@ -430,7 +430,7 @@ def test_formulas_as_long_as_may_be(formula):
     own = Genome([register("LONG", LONG[formula]())], **PLAIN)
     rule = lower(own)
     assert time.process_time() - began < 2
-    inputs = {"p": np.ones(3), "g": np.array([-0.5, 1e-3, 2.0]), "m": np.zeros(3)}
+    inputs = {"p": np.ones(3), "g": np.array([-0.5, 1e-3, 2.0]), "m": np.zeros(3), "v": np.zeros(3)}
     program = run_program(rule.program, inputs, rule.numbers(**genome_scalars(own, 1)))
     exact = reference_update(own, inputs, 1)
     np.testing.assert_allclose(program["p"], exact["p"], rtol=1e-9, atol=1e-11)
