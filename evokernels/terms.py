@@ -108,6 +108,8 @@ __all__ = [
 LEAVES = frozenset((g, m, v, p, m_hat, v_hat, m_before, eps, beta1, beta2, beta3, progress))
 
 _LARGEST = 1e100  # number of a formula, multiplied out
+_LONGEST = 5000  # formula, in operations as if each value were written out wherever it is read
+_DEEPEST = 100  # formula: Python calls itself some five times for each level
 
 _registered: dict[str, Term | OwnTerm] = {}
 
@@ -207,6 +209,7 @@ def average(x: Expr, beta: Expr | float) -> Average:
         TermError: it is of another kind.
     """
     x = _expression(x)
+    _check_size("what is averaged", x)
     if averages_of(x):
         raise TermError(f"{x} holds an average already, and averages of averages are not kept")
     if beta in (beta1, beta2, beta3):
@@ -246,6 +249,7 @@ def _checked(name: str, formula: Expr | float) -> Expr:
     if isinstance(formula, Condition):
         raise TermError(f"{name} is a comparison, not a number; where() makes one of it")
     formula = _expression(formula)
+    _check_size(name, formula)
     if strange := {str(symbol) for symbol in symbols_of(formula) - LEAVES}:
         allowed = ", ".join(sorted(map(str, LEAVES)))
         raise TermError(f"{name} reads {', '.join(sorted(strange))}; a term may read {allowed}")
@@ -255,6 +259,24 @@ def _checked(name: str, formula: Expr | float) -> Expr:
     if not all(abs(x) <= _LARGEST for x in _numbers_of(linear_expr(linear(formula)))):
         raise TermError(f"{name} has numbers that come to more than {_LARGEST:g}: {formula}")
     return formula
+
+
+def _check_size(name: str, formula: Expr) -> None:
+    """TermError before anything is done for each operation, or calls itself for each level."""
+    below, count, depth = [formula], 0, -1  # leaves are none
+    while below:
+        count, depth = count + len(below), depth + 1
+        if count > _LONGEST or depth > _DEEPEST:
+            raise TermError(
+                f"{name} is too long: a formula may have {_LONGEST} operations, those of a value "
+                f"that is read twice counted twice, at most {_DEEPEST} within each other; "
+                "make several terms of it"
+            )
+        below = [arg for each in below for arg in _parts_of(each)]
+
+
+def _parts_of(expr: Expr) -> tuple[Expr, ...]:
+    return (expr.value, expr.beta) if isinstance(expr, Average) else getattr(expr, "args", ())
 
 
 def _numbers_of(formula: Expr) -> list[float]:

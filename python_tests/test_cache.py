@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import stat
 import subprocess
 import sys
 import threading
@@ -89,11 +90,82 @@ def test_a_damaged_entry_is_compiled_anew(folder, damage):
     assert entry.read_bytes() == whole  # mended
 
 
+def planted_by_others(entry):
+    """In a folder that was open to all until a moment ago."""
+    try:
+        os.chown(entry, 65534, -1)
+    except PermissionError:  # which takes root
+        entry.chmod(0o666)
+
+
+def linked(entry):
+    entry.rename(entry.parent.parent / "elsewhere")
+    entry.symlink_to(entry.parent.parent / "elsewhere")
+
+
+def a_pipe(entry):
+    entry.unlink()
+    os.mkfifo(entry)
+
+
+@pytest.mark.parametrize("plant", [planted_by_others, linked, a_pipe])
+def test_only_a_file_of_ones_own_is_an_entry(folder, plant):
+    compiler = Compiler()
+    cached(["a"], compiler)
+    (entry,) = folder.iterdir()
+    plant(entry)
+    for _ in range(2):
+        assert cached(["a"], compiler) == compiler.code
+    assert compiler.calls == 2
+    assert entry.lstat().st_mode == stat.S_IFREG | 0o600  # one's own by now
+
+
+def test_what_is_checked_is_what_is_read(folder, tmp_path, monkeypatch):
+    """Though somebody who may rename what is above puts another folder there in between."""
+    compiler = Compiler()
+    cached(["a"], compiler)
+    monkeypatch.setenv("EVOKERNELS_CACHE_DIR", str(tmp_path / "evil"))
+    cached(["a"], Compiler(b"evil"))
+    monkeypatch.setenv("EVOKERNELS_CACHE_DIR", str(folder.parent))
+    check, swapped = cache._check_owner, []
+
+    def checked(status):
+        check(status)
+        if not swapped:
+            swapped.append(folder.rename(tmp_path / "aside"))
+            (tmp_path / "evil" / "kernels").rename(folder)
+
+    monkeypatch.setattr(cache, "_check_owner", checked)
+    assert cached(["a"], compiler) == compiler.code
+    assert swapped
+
+
 def test_the_folder_is_private(folder):
-    cached(["a"], Compiler())
-    assert folder.stat().st_mode & 0o777 == 0o700
+    umask = os.umask(0)
+    try:
+        cached(["a"], Compiler())
+    finally:
+        os.umask(umask)
+    for directory in (folder, folder.parent):
+        assert directory.stat().st_mode & 0o777 == 0o700
     (entry,) = folder.iterdir()
     assert entry.stat().st_mode & 0o077 == 0
+
+
+def test_the_folder_does_not_grow_for_ever(folder, monkeypatch):
+    monkeypatch.setattr(cache, "_MOST_KEPT", 20)
+    cached(["first"], Compiler())
+    for age, path in enumerate([next(folder.iterdir()), folder / "incomplete-of-a-killed-process"]):
+        path.touch()
+        os.utime(path, (age, age))
+    for i in range(50):
+        cached([str(i)], Compiler())
+    assert 18 <= len(list(folder.iterdir())) <= 20
+    assert not (folder / "incomplete-of-a-killed-process").exists()
+    kept, gone = Compiler(), Compiler()
+    cached(["49"], kept)
+    cached(["first"], gone)
+    assert (kept.calls, gone.calls) == (0, 1)
 
 
 def test_code_that_others_could_have_written_is_not_run(folder):
@@ -126,7 +198,7 @@ def test_a_folder_that_cannot_be_made_is_told_once(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_told_once_and_leaves_nothing(folder, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)

@@ -6,7 +6,9 @@ import io
 import multiprocessing
 import os
 import pathlib
+import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import tempfile
@@ -256,7 +258,8 @@ FAILURES = {
     "killed": ("kill -9 $$", "killed by signal 9"),
     "slow": ("sleep 100", "it has not finished after 0.3 seconds"),
     "slow children": ("sleep 100 & wait", "it has not finished after 0.3 seconds"),
-    "nothing": ("exit 0", r"No such file or directory .*rule\.so"),
+    "nothing": ("exit 0", "it makes no file, and says that all is well"),
+    "floods": ("yes 'error: no such thing' | head -c 10000000; exit 1", "exit code 1; error: no"),
     "junk": (
         'while [ "$1" != -o ]; do shift; done; echo junk > "$2"',
         "cannot be loaded .*set TMPDIR",
@@ -285,6 +288,7 @@ def test_a_compiler_that_fails_is_told_once(kind, tmp_path, monkeypatch):
     if kind in ("error", "killed", "slow"):
         assert "tanh(" in reason  # which rule
     monkeypatch.delenv("CC")
+    monkeypatch.setattr(c_compiler, "_TIMEOUT", 60)
     assert is_right(step(RULE))  # another compiler is
 
 
@@ -333,6 +337,28 @@ def test_a_compiler_may_have_options(monkeypatch, tmp_path):
     assert CPU.kernel(lower(RULE).program, torch.float32).startswith("compiled here by cc -pipe, ")
 
 
+@pytest.mark.parametrize("option", ["-ffast-math", "-funsafe-math-optimizations"])
+def test_a_compiler_may_not_round_otherwise(monkeypatch, option):
+    """Nor make the whole process flush subnormal numbers."""
+    expected = step(RULE, torch.float64)
+    monkeypatch.setenv("CC", f"cc {option}")
+    assert all(map(same_bits, everything(step(RULE, torch.float64)), everything(expected)))
+    assert torch.tensor([1e-40]) * 1 > 0
+
+
+def test_a_command_of_any_bytes(monkeypatch, tmp_path):
+    compiler = tmp_path / os.fsdecode(b"\xff cc")
+    compiler.symlink_to(shutil.which("cc"))
+    monkeypatch.setenv("CC", shlex.quote(str(compiler)))
+    assert is_right(step(RULE))
+
+
+def test_what_cannot_be_loaded_is_not_kept(monkeypatch, tmp_path, folder):
+    monkeypatch.setenv("CC", script(tmp_path, FAILURES["junk"][0]))
+    assert "cannot be loaded" in CPU.why_not(lower(RULE).program, DEVICE, torch.float32)
+    assert not folder.exists()
+
+
 def test_a_full_disk_is_a_reason(monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device", "/tmp")
@@ -342,23 +368,32 @@ def test_a_full_disk_is_a_reason(monkeypatch):
     assert "No space left on device" in reason
 
 
+def test_a_compiler_may_leave_something_running(tmp_path, monkeypatch):
+    monkeypatch.setenv("CC", script(tmp_path, 'sleep 100 & echo $! > "$0.child"; exec cc "$@"'))
+    began = time.monotonic()
+    assert is_right(step(RULE))
+    assert time.monotonic() - began < 60
+    os.kill(int((tmp_path / "broken-cc.child").read_text()), signal.SIGKILL)
+
+
 def test_ctrl_c_ends_the_compiler(tmp_path, monkeypatch):
-    monkeypatch.setenv("CC", script(tmp_path, f"echo $$ > {tmp_path}/child; sleep 100"))
-    communicate = subprocess.Popen.communicate
+    child = tmp_path / "child"
+    monkeypatch.setenv("CC", script(tmp_path, f"echo $$ > {child}; sleep 100"))
 
-    def interrupted(process, *args):
-        if args:
-            while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text():
-                time.sleep(0.01)
-            raise KeyboardInterrupt
-        return communicate(process)
+    sleep = time.sleep
 
-    monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
+    def interrupted(seconds):
+        if child.exists() and child.read_text():
+            signal.raise_signal(signal.SIGINT)
+        sleep(seconds)
+
+    monkeypatch.setattr(time, "sleep", interrupted)
     with pytest.raises(KeyboardInterrupt):
         step(RULE)
-    child = (tmp_path / "child").read_text().strip()
-    assert not pathlib.Path("/proc", child).exists()
-    monkeypatch.undo()
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert not pathlib.Path("/proc", child.read_text().strip()).exists()
+    monkeypatch.delenv("CC")
+    assert is_right(step(RULE))
 
 
 # many at once
@@ -392,7 +427,7 @@ def test_processes_that_compile_at_once(folder):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(30)
+        process.join(100)
     assert [process.exitcode for process in processes] == [0] * 3
     assert [results.get() for _ in processes] == [True] * 3
     assert len(list(folder.iterdir())) == 1

@@ -9,6 +9,7 @@ import pickle
 import random
 import subprocess
 import sys
+import time
 import warnings
 
 import numpy as np
@@ -423,6 +424,49 @@ def test_formulas_that_cannot_be_written():
         average(average(g, 0.9), 0.9)
     with pytest.raises(TypeError, match="takes a comparison such as g > 0"):
         where(g, g, m)
+
+
+def nested(count, step):
+    formula = g
+    for i in range(count):
+        formula = step(formula, i)
+    return formula
+
+
+TOO_LONG = {
+    "deep": lambda: nested(101, lambda x, _: tanh(x)),
+    "power": lambda: g**1000,
+    "twice at each level": lambda: nested(90, lambda x, _: tanh(x) + x),
+    "in an average": lambda: average(nested(101, lambda x, _: abs(x)), 0.9),
+}
+
+
+@pytest.mark.parametrize("formula", TOO_LONG)
+def test_formulas_that_are_too_long(formula):
+    with pytest.raises(TermError, match=r"is too long: .* 5000 operations, .* at most 100 within"):
+        register("LONG", TOO_LONG[formula]())
+
+
+LONG = {
+    "100 operations": lambda: nested(100, lambda x, i: tanh(x) if i % 2 else x * m),
+    "sums in each other": lambda: nested(40, lambda x, _: abs(x + m)),
+    "clipped again and again": lambda: nested(5, lambda x, i: clip(x, -1 - i, 2 + i)),
+    # 2^20 products if all were multiplied out
+    "sums of step numbers": lambda: nested(20, lambda x, i: x * (1 + exp(-(i + 1) * beta1))),
+}
+
+
+@pytest.mark.parametrize("formula", LONG)
+def test_formulas_as_long_as_may_be(formula):
+    """Compiled in a moment, and right."""
+    began = time.process_time()
+    own = Genome([register("LONG", LONG[formula]())], **PLAIN)
+    rule = lower(own)
+    assert time.process_time() - began < 2
+    inputs = {"p": np.ones(3), "g": np.array([-0.5, 1e-3, 2.0]), "m": np.zeros(3), "v": np.zeros(3)}
+    program = run_program(rule.program, inputs, rule.numbers(**genome_scalars(own, 1)))
+    exact = reference_update(own, inputs, 1)
+    np.testing.assert_allclose(program["p"], exact["p"], rtol=1e-9, atol=1e-11)
 
 
 def test_a_name_stands_for_one_formula():

@@ -8,6 +8,7 @@ along its numerator.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from itertools import product
@@ -22,9 +23,15 @@ Linear = dict[Expr, Coefficient]
 
 ONE = Constant(1.0)  # the atom of whatever does not depend on the element
 
+_MOST_PRODUCTS = 64  # of two sums: multiplied out further, nested ones would double in each step
 
+
+@functools.lru_cache(maxsize=4096)  # what is nested is asked for at each level
 def linear(expr: Expr) -> Linear:
-    """The linear form, atoms in a fixed order; those whose weight cancels to zero are gone."""
+    """The linear form, atoms in a fixed order; those whose weight cancels to zero are gone.
+
+    It is kept: nobody may change it.
+    """
     if isinstance(expr, Constant):
         return _nonzero({ONE: {(): expr.value}})
     if isinstance(expr, Symbol):
@@ -106,6 +113,8 @@ def _sum(*forms: Linear) -> Linear:
 
 
 def _scaled(form: Linear, factor: Coefficient) -> Linear:
+    if len(factor) > 1 and len(factor) * max(map(len, form.values()), default=0) > _MOST_PRODUCTS:
+        factor = {(coefficient_expr(factor),): 1.0}
     return _sum(
         *(
             {atom: {tuple(sorted(a + b, key=str)): x * y}}

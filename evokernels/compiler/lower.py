@@ -313,6 +313,7 @@ def _denominator(item: tuple[Expr, object]) -> Expr | None:
     return atom.args[1] if isinstance(atom, Call) and atom.op == "div" else None
 
 
+@functools.lru_cache(maxsize=4096)
 def shape_of(expr: Expr) -> str:
     """An expression with its numbers left out, as text."""
     form = linear(expr)

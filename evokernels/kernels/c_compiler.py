@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ __all__ = ["CCompiler"]
 # Tried in this order where $CC names none.
 _COMPILERS = ("cc", "gcc", "clang")
 _TIMEOUT = 60  # seconds after which it is given up
+_PAUSE = 0.001  # seconds between two looks whether it has finished
 _MOST_TOLD = 2000  # characters of what it says
 
 
@@ -63,44 +65,53 @@ class CCompiler:
     def shared_library(self, source: str, options: Sequence[str]) -> bytes:
         """A shared library made of one source file; BackendError with what the compiler says."""
         try:
-            with tempfile.TemporaryDirectory(prefix="evokernels-") as folder:
-                library = pathlib.Path(folder, "rule.so")
-                files = ["-x", "c", "-", "-o", str(library), "-lm"]
-                said = _run([*self.command, *options, *files], source, folder)
-                if said is None:
+            # what it has started may still write there
+            with tempfile.TemporaryDirectory(
+                prefix="evokernels-", ignore_cleanup_errors=True
+            ) as folder:
+                library, text = pathlib.Path(folder, "rule.so"), pathlib.Path(folder, "rule.c")
+                text.write_text(source, encoding="utf-8")
+                files = ["-x", "c", str(text), "-o", str(library), "-lm"]
+                said = _run([*self.command, *options, *files], folder)
+                if said is None and library.exists():
                     return library.read_bytes()
+                said = said or "it makes no file, and says that all is well"
         except OSError as error:
             said = f"{error.strerror} ({error.filename})"
         raise BackendError(said)
 
 
-def _run(command: Sequence[str], source: str, folder: str) -> str | None:
+def _run(command: Sequence[str], folder: str) -> str | None:
     """Why a compiler failed, in its own words; None if it did not.
 
     Args:
         folder: for its temporary files too, which are then deleted whatever becomes of it.
     """
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env={**os.environ, "TMPDIR": folder, "LC_ALL": "C"},
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(source, _TIMEOUT)
-    except subprocess.TimeoutExpired:
-        return f"it has not finished after {_TIMEOUT} seconds"
-    finally:
-        if process.poll() is None:  # with all processes that it has started
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    if not process.returncode:
-        return None
+    # into a file: a pipe would have to be read until all that it has started has ended
+    with pathlib.Path(folder, "said").open("w+", encoding="utf-8", errors="replace") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "TMPDIR": folder, "LC_ALL": "C"},
+            start_new_session=True,
+        )
+        try:
+            until = time.monotonic() + _TIMEOUT
+            while process.poll() is None:  # `wait` looks every 50 ms only
+                if time.monotonic() > until:
+                    return f"it has not finished after {_TIMEOUT} seconds"
+                time.sleep(_PAUSE)
+        finally:
+            if process.poll() is None:  # with all processes that it has started
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        if not process.returncode:
+            return None
+        output.seek(0)
+        said = output.read(_MOST_TOLD).strip()
     status = process.returncode
     how = f"exit code {status}" if status > 0 else f"killed by signal {-status}"
-    return f"{how}; {output.strip()[:_MOST_TOLD]}"
+    return f"{how}; {said}"

@@ -2,7 +2,8 @@
 
 One file an entry, named after everything that decides what is in it; the file begins with the
 digest of the rest. Files appear whole (written elsewhere, then renamed), so that any number of
-processes may share the folder, and any of them may be deleted at any time.
+processes may share the folder, and any of them may be deleted at any time. Folder and files are
+checked as they have been opened: what a path leads to may change in between.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ import hashlib
 import importlib.metadata
 import os
 import pathlib
+import secrets
 import stat
-import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import BinaryIO
 
 __all__ = ["cached", "folder"]
 
 _DIGEST = hashlib.sha256
+_MOST_KEPT = 10_000  # entries, of some 20 kB each
 _told: set[object] = set()  # folders of which this process has warned
 
 
@@ -63,7 +66,7 @@ def cached(decisive: Sequence[str], compile: Callable[[], bytes]) -> bytes:
 def _name(decisive: Sequence[str]) -> str:
     digest = _DIGEST()
     for part in (_version(), *decisive):
-        text = part.encode()
+        text = part.encode(errors="surrogateescape")  # paths may be of any bytes
         digest.update(len(text).to_bytes(8, "little") + text)
     return digest.hexdigest()
 
@@ -78,8 +81,10 @@ def _version() -> str:
 def _read(path: pathlib.Path) -> bytes | None:
     """An entry; None if there is none, or not the one that was written."""
     try:
-        _check_owner(path.parent)
-        content = path.read_bytes()
+        with _opened(path.parent) as folder, _file(folder, path.name, "rb") as file:
+            status = os.fstat(file.fileno())
+            _check_owner(status)
+            content = file.read() if stat.S_ISREG(status.st_mode) else b""
     except OSError:
         return None
     size = _DIGEST().digest_size
@@ -88,22 +93,55 @@ def _read(path: pathlib.Path) -> bytes | None:
 
 
 def _write(path: pathlib.Path, code: bytes) -> None:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _check_owner(path.parent)
-    handle, temporary = tempfile.mkstemp(prefix="incomplete-", dir=path.parent)
+    for directory in reversed(path.parents):
+        if not directory.exists():
+            directory.mkdir(mode=0o700, exist_ok=True)  # "parents=True" would ask the umask
+    with _opened(path.parent) as folder:
+        temporary = f"incomplete-{secrets.token_hex(8)}"
+        try:
+            with _file(folder, temporary, "xb") as file:
+                file.write(_DIGEST(code).digest() + code)
+            os.replace(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary, dir_fd=folder)
+            raise
+        _make_room(folder)
+
+
+@contextlib.contextmanager
+def _opened(directory: pathlib.Path) -> Iterator[int]:
+    """A folder in which nobody else can put code that we would run."""
+    folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(_DIGEST(code).digest() + code)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+        _check_owner(os.fstat(folder))
+        yield folder
+    finally:
+        os.close(folder)
 
 
-def _check_owner(directory: pathlib.Path) -> None:
-    """PermissionError where others could put code that we would run."""
-    status = directory.stat()
+def _file(folder: int, name: str, mode: str) -> BinaryIO:
+    """A file of an opened folder, for this user alone if it is new."""
+    # a link may lead to anything, a pipe would be waited for
+    how = os.O_NOFOLLOW | os.O_NONBLOCK
+    return open(name, mode, opener=lambda n, flags: os.open(n, flags | how, 0o600, dir_fd=folder))
+
+
+def _make_room(folder: int) -> None:
+    """Delete the oldest tenth where there are too many, with what killed processes have left."""
+    names = os.listdir(folder)
+    if len(names) > _MOST_KEPT:
+        written = {}
+        for name in names:
+            with contextlib.suppress(OSError):  # another process makes room too
+                written[name] = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mtime_ns
+        for name in sorted(written, key=written.get)[: len(names) // 10]:
+            with contextlib.suppress(OSError):
+                os.unlink(name, dir_fd=folder)
+
+
+def _check_owner(status: os.stat_result) -> None:
+    """PermissionError where somebody else may have written."""
     if status.st_uid != os.getuid():
         raise PermissionError(
             f"it belongs to user {status.st_uid}, not {os.getuid()}; "

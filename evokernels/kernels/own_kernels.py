@@ -31,6 +31,12 @@ __all__ = ["OwnKernels", "own_kernels"]
 # That no plan needs: each takes five mappings of memory, of which there are 65,530.
 _MOST_KEPT = 256
 
+_MOST_TOLD = 300  # characters of a rule, so that what the compiler says is not lost behind it
+
+# Where $CC has the contrary. It would not only round otherwise: a library linked with it makes
+# the processor flush subnormal numbers to zero, in all of the process that loads it.
+_EXACT = ("-fno-fast-math", "-fno-unsafe-math-optimizations")
+
 
 class OwnKernels:
     """Addresses of the kernels of one rule, valid as long as this object lives.
@@ -88,8 +94,14 @@ def _known(
         source = with_included(render_own(program, dtype, state), "rule.c", set())
         options = _options()
         decisive = [source, *options, platform.machine(), *compiler.identity()]
-        code = cached(decisive, lambda: _compiled(compiler, source, options, program))
-        return _loaded(code, (dtype, state))
+        pair = dtype, state
+
+        def compiled() -> bytes:
+            code = _compiled(compiler, source, options, program)
+            _loaded(code, pair)  # what cannot be is not kept either
+            return code
+
+        return _loaded(cached(decisive, compiled), pair)
     except BackendError as error:
         return str(error)
 
@@ -98,7 +110,8 @@ def _options() -> list[str]:
     """For this machine alone, with the instructions for which the package's own kernels run."""
     level = native.instruction_set()
     machine = [f"-march={level}"] if level.startswith("x86-64") else []
-    return [*C_FLAGS, "-fPIC", "-shared", "-DEVK_ONE_INSTRUCTION_SET", *machine]
+    shared = ["-fPIC", "-shared", "-DEVK_ONE_INSTRUCTION_SET"]
+    return [*_EXACT, *C_FLAGS, *shared, *machine]
 
 
 def _compiled(compiler: CCompiler, source: str, options: list[str], program: Program) -> bytes:
@@ -126,9 +139,10 @@ def _loaded(code: bytes, pair: tuple[str, str]) -> OwnKernels:
 
 
 def _in_words(program: Program) -> str:
-    """The assignments of a program, in one line."""
+    """The assignments of a program, or the first of them, in one line."""
     names = {f"k{i}": f"[{role}]" for i, role in enumerate(program.scalars)}
-    return "; ".join(
+    text = "; ".join(
         f"{line.target} = {OPS[line.op].text.format(*(names.get(a, a) for a in line.args))}"
         for line in program.lines
     )
+    return text if len(text) <= _MOST_TOLD else f"{text[:_MOST_TOLD]}…"
