@@ -8,6 +8,7 @@ along its numerator.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from itertools import product
@@ -23,6 +24,7 @@ Linear = dict[Expr, Coefficient]
 ONE = Constant(1.0)  # the atom of whatever does not depend on the element
 
 
+@functools.lru_cache(maxsize=4096)  # what is nested is asked for at each level
 def linear(expr: Expr) -> Linear:
     """The linear form, atoms in a fixed order; those whose weight cancels to zero are gone."""
     if isinstance(expr, Constant):
