@@ -5,9 +5,10 @@
     python bench/gpu.py --parts steps --cases 64M    # some of it
 
 It runs the tests that need a GPU (numeric cases of both backends, graph capture and replay,
-memory), then times one update side by side, device and host apart, then evaluates one genome. What
-was found goes to gpu_<name of the GPU>.json and .md, after every part, so that a run that breaks
-off leaves what it has.
+memory, exported optimizers, workers that share the GPU), then times one update side by side, device
+and host apart, then first steps that have to compile, then evaluates one genome. What was found
+goes to gpu_<name of the GPU>.json and .md, after every part, so that a run that breaks off leaves
+what it has.
 
 exit codes: 0 all that ran is right, 1 something is not (the report begins with it), 2 an error,
 3 there is no GPU and nothing was run, 130 interrupted
@@ -31,7 +32,7 @@ import gpu_report
 import torch
 from commandline import Bar, exit_code, positive
 from gpu_evaluation import PROTOCOL, SHORT, compare_evaluations
-from gpu_steps import CASES, measure_case
+from gpu_steps import CASES, measure_case, measure_first_steps
 from gpu_tests import ROOT, TESTS, run_tests
 from gpu_timing import Gpu, find_gpu
 
@@ -42,8 +43,9 @@ from evokernels.tasks import get_task
 __all__ = ["NO_GPU"]
 
 NO_GPU = 3  # exit code
-PARTS = ("tests", "steps", "evaluation")
+PARTS = ("tests", "steps", "first steps", "evaluation")
 PASSES, QUICK_PASSES = 9, 3
+FIRSTS, QUICK_FIRSTS = 3, 1
 EVALUATIONS, QUICK_EVALUATIONS = 3, 1
 PACKAGES = ("triton", "cuda-bindings", "nvidia-cuda-nvrtc", "apex", "evokernels")
 
@@ -67,7 +69,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=" ".join(PARTS)
+        "--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help="; ".join(PARTS)
     )
     parser.add_argument(
         "--cases",
@@ -130,12 +132,14 @@ def jobs_of(
 ) -> list[tuple[str, str, Callable[[], dict[str, Any]]]]:
     """What is to be done: of which part, what it is, and the function that does it."""
     passes = options.passes or (QUICK_PASSES if options.quick else PASSES)
+    firsts = QUICK_FIRSTS if options.quick else FIRSTS
     times, conditions = (QUICK_EVALUATIONS, SHORT) if options.quick else (EVALUATIONS, PROTOCOL)
     jobs = {
         "tests": {TESTS.name: run_tests},
         "steps": {
             case: functools.partial(measure_case, case, gpu, passes) for case in options.cases
         },
+        "first steps": {"own terms": functools.partial(measure_first_steps, gpu, firsts)},
         "evaluation": {
             options.task: functools.partial(
                 compare_evaluations, options.task, conditions, options.data_dir, gpu.device, times

@@ -1,7 +1,8 @@
 """What the compilers make of the GPU kernels, without a GPU: registers, spills, memory traffic.
 
-Every structure of the catalogue in every pair of parameter and state dtype, compiled by NVRTC (for
-the backend "cuda") and by Triton, as a Markdown table each. It takes minutes, on all cores.
+Every structure of the classic catalogue in every pair of parameter and state dtype, and some rules
+beyond it in some, compiled by NVRTC (for the backend "cuda") and by Triton, as a Markdown table
+each. It takes minutes, on all cores.
 """
 
 from __future__ import annotations
@@ -24,18 +25,20 @@ import torch
 from commandline import exit_code, markdown
 from machine_code import Traffic, occupancy, resources, streaming_loops
 
-from evokernels import Genome, Term
+from evokernels import Genome, Term, zoo
 from evokernels.compiler.lower import lower
 from evokernels.compiler.render_cuda import THREADS
 from evokernels.compiler.render_triton import render_module
 from evokernels.compiler.spelling import DTYPES, Kind
 from evokernels.compiler.structure import Structure, structure_of
 from evokernels.errors import BackendError
+from evokernels.genome import CATALOGUES
 from evokernels.kernels import nvrtc
 from evokernels.kernels.cuda import LEAST_WORDS
 from evokernels.kernels.cuda_source import cuda_source
 from evokernels.kernels.plan import STATE_DTYPES
 from evokernels.kernels.triton import module_of, options_of_nvidia
+from evokernels.terms import average, beta2, eps, g, m, register, sqrt
 
 __all__ = [
     *("COMPILERS", "Case", "Code", "all_kinds", "compiled", "kinds_of", "structures"),
@@ -43,6 +46,8 @@ __all__ = [
 ]
 
 ARCHITECTURES = (75, 80, 90)
+# Of rules beyond the classic catalogue: dtypes, and whether rounding is stochastic.
+FORMATS = (("float32", "float32", False), ("bfloat16", "float32", False))
 OUTPUT = pathlib.Path(__file__).parent / "results" / "gpu_code.md"
 
 
@@ -206,6 +211,24 @@ def all_kinds() -> Iterator[Kind]:
         yield from kinds_of(structure)
 
 
+def further_kinds() -> Iterator[tuple[str, Kind]]:
+    """Of rules beyond the classic catalogue, with their names: the zoo's, all that a search draws
+    from, and as many averages as there can be."""
+    fast, slow = average(g, 0.9), average(abs(g), 0.99)
+    with_belief = fast / (sqrt(average(g * g, beta2)) + average((g - m) ** 2, beta2) + eps)
+    four = register("FOUR_AVERAGES", with_belief + slow)
+    rules = {
+        **zoo.WIDE,
+        "the whole wide catalogue": Genome(CATALOGUES["wide"], [1.0] * len(CATALOGUES["wide"])),
+        "four averages, m": Genome([four]),
+        "four averages, m, v": Genome([four, Term.RMS_NORM], [1.0, 1.0]),
+    }
+    for name, genome in rules.items():
+        structure = structure_of(lower(genome))
+        for formats in FORMATS:
+            yield name, Kind(structure, *formats)
+
+
 def kinds_of(structure: Structure) -> Iterator[Kind]:
     """A structure with all dtypes that parameters and moments may have."""
     moments = structure.program.state
@@ -267,7 +290,7 @@ _EXPLANATION = """\
 Written by `bench/gpu_code.py`. A row is a kernel for tensors of one kind. Registers are those of a
 thread; occupancy is the part of a multiprocessor's threads that blocks of 256 can use with them.
 Loaded and stored is what the loop over vectors moves, counted in PTX; a gradient that becomes zero
-is stored beside it. Times are processor time.
+is stored beside it. Times are processor time. Last come rules beyond the classic catalogue.
 """
 
 
@@ -278,12 +301,12 @@ def table(backend: str, architectures: Sequence[int]) -> list[str]:
         *("structure", "parameter", "state", f"registers, {sms}", "occupancy, %", "spills, bytes"),
         *("loaded, bytes an element", "stored", "accesses, bytes", "compiled in, s", "code, KB"),
     ]
-    kinds = list(all_kinds())
+    kinds = [*((kind.structure.name, kind) for kind in all_kinds()), *further_kinds()]
     rows = []
-    with compiled(Case(backend, a, kind) for kind in kinds for a in architectures) as codes:
-        for kind in kinds:
+    with compiled(Case(backend, a, kind) for _, kind in kinds for a in architectures) as codes:
+        for name, kind in kinds:
             of_kind = [codes[Case(backend, a, kind)].result() for a in architectures]
-            rows.append(_row(backend, kind, of_kind, architectures))
+            rows.append([name, *_row(backend, kind, of_kind, architectures)])
             print(*rows[-1], sep="  ", file=sys.stderr)
     return [
         f"## {backend}, compiled by {COMPILERS[backend].version()}",
@@ -302,7 +325,6 @@ def _row(
     loops = [loop for code in codes for loop in code.loops]
     cleared = tensor_bytes(kind)[0]
     return [
-        kind.structure.name,
         kind.parameter,
         kind.state + (", stochastic" if kind.stochastic else ""),
         _each(code.registers for code in codes),

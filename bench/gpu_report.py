@@ -39,6 +39,10 @@ memory. *Host* is the time of the call while the device is idle, without waiting
 allocated gradients. Bytes are what the rule has to move; the copy is that of a float32 tensor into
 another, beside each case. The first step of everybody was compared with single torch calls."""
 
+HOW_FIRST_STEPS = """\
+In a process of its own each time, beyond that of a rule that is compiled already: rendering,
+compiling or reading, loading, and the step itself."""
+
 HOW_EVALUATION = """\
 The published genome, from the same weights and batches: `evaluate` replays a captured step, the
 source's loop updates each tensor with single torch calls and reads the loss in every step. Both are
@@ -177,6 +181,16 @@ def expectations(results: Results) -> Iterable[list[str]]:
                 ]
 
 
+def first_steps_section(results: Results) -> Iterable[str]:
+    """Seconds of each backend."""
+    (found,) = results["first steps"].values()
+    yield from ("", "## The first step of a rule of own terms", "", HOW_FIRST_STEPS, "")
+    rows = [[name, *map(duration, times.values())] for name, times in found["seconds"].items()]
+    yield from markdown(["", "compiled", "from disk"], rows)
+    yield from ("" for _ in found["absent"] or ())
+    yield from (f"- {who} was not measured: {why}" for who, why in found["absent"].items())
+
+
 def evaluation_section(results: Results) -> Iterable[str]:
     """Seconds and fitness of both ways."""
     ((task, found),) = results["evaluation"].items()
@@ -194,7 +208,12 @@ def evaluation_section(results: Results) -> Iterable[str]:
     yield from markdown(["", "training and test", "fitness"], rows)
 
 
-PARTS = {"tests": tests_section, "steps": steps_section, "evaluation": evaluation_section}
+PARTS = {
+    "tests": tests_section,
+    "steps": steps_section,
+    "first steps": first_steps_section,
+    "evaluation": evaluation_section,
+}
 
 
 def of(backend: str) -> str:

@@ -29,29 +29,32 @@ from evokernels.compiler.render_torch import render_torch
 from evokernels.terms import average, eps, exp, g, m, register, sqrt, tanh, v
 
 ELEMENTS = ((1_000_000,),) * 16
-OWN = register("DAMPED", tanh(m / (sqrt(v) + eps)) * exp(-abs(g)) + average(g, 0.99))
+OWN = register("THREE_MOMENTS", tanh(m / (sqrt(v) + eps)) * exp(-abs(g)) + average(g, 0.99))
 # They correct no bias: torch.compile compiles anew for numbers that differ from step to step.
-RULES = {
-    **{
-        name: dataclasses.replace(genome, use_bias_correction=False)
-        for name, genome in zoo.WIDE.items()
-    },
-    f"own: {OWN.formula}": Genome([OWN], use_bias_correction=False),
+WIDE = {
+    name: dataclasses.replace(genome, use_bias_correction=False)
+    for name, genome in zoo.WIDE.items()
 }
+OWN_RULE = Genome([OWN], use_bias_correction=False)
+RULES = {**WIDE, f"own: {OWN.formula}": OWN_RULE}
 EXPORTED, COMPILED, EAGER = "exported", "exported, torch.compile", "eager backend"
 
 # A first step in a process of its own: seconds beyond those of a rule that the package has a kernel
-# for, with everything imported, and twice, since the second one finds neither parameters nor plan.
+# or has just compiled, with everything imported, and twice, since the second one finds neither
+# parameters nor plan. The words are dtype, device and backend.
 FIRST_STEP = """
 import sys, time, torch
 from evokernels import FusedEvolvedOptimizer, Genome, zoo
 from evokernels.terms import register, g, m, tanh, average
+dtype, device, backend = sys.argv[1:]
 def seconds(genome):
-    parameter = torch.nn.Parameter(torch.ones(1000, dtype=getattr(torch, sys.argv[1])))
+    value = torch.ones(1000, dtype=getattr(torch, dtype), device=device)
+    parameter = torch.nn.Parameter(value)
     start = time.perf_counter()
-    optimizer = FusedEvolvedOptimizer([parameter], genome)
+    optimizer = FusedEvolvedOptimizer([parameter], genome, backend=backend)
     parameter.grad = torch.ones_like(parameter)
     optimizer.step()
+    parameter[0].item()  # a GPU is waited for
     return time.perf_counter() - start
 own = Genome([register("OWN", tanh(g) + average(m, 0.9))])
 known = [seconds(zoo.adam) for _ in range(2)][1]
@@ -103,19 +106,27 @@ def first_steps(passes: int, bar: Bar) -> Iterable[str]:
         compiled, cached = [], []
         for number in range(passes):
             bar.show(number, passes, f"first steps, {dtype}")
-            with tempfile.TemporaryDirectory() as folder:
-                compiled.append(_first_step(dtype, folder))
-                cached.append(_first_step(dtype, folder))
+            for found, seconds in zip((compiled, cached), first_step(dtype), strict=True):
+                found.append(seconds)
         times = (f"{statistics.median(seconds) * 1e3:.1f} ms" for seconds in (compiled, cached))
         rows.append([dtype, *times])
     return markdown(["parameters", "compiled", "from disk"], rows)
 
 
-def _first_step(dtype: str, folder: str) -> float:
-    environment = {**os.environ, "EVOKERNELS_CACHE_DIR": folder}
-    command = [sys.executable, "-c", FIRST_STEP, dtype]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return float(done.stdout)
+def first_step(dtype: str, device: str = "cpu", backend: str = "auto") -> list[float]:
+    """Seconds of one that compiles, and of one that finds what the other has left on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        kept = {"EVOKERNELS_CACHE_DIR": folder, "TRITON_CACHE_DIR": f"{folder}/triton"}
+        command = [sys.executable, "-c", FIRST_STEP, dtype, device, backend]
+        found = []
+        for _ in range(2):
+            done = subprocess.run(
+                command, env={**os.environ, **kept}, capture_output=True, text=True
+            )
+            if done.returncode:
+                raise RuntimeError(f"a first step failed: {done.stderr}")
+            found.append(float(done.stdout))
+        return found
 
 
 def later_steps(passes: int, bar: Bar) -> Iterable[str]:

@@ -56,10 +56,15 @@ struct Choice<false, Yes, No> {
     using Type = No;
 };
 
-/* What vectors are updated with: registers do not hold doubles, nor floats beside random bits. */
+/* What vectors are updated with: registers do not hold doubles, nor floats beside random bits, nor
+ * more floats than the largest rule of the classic catalogue has: with the 31 of the whole wide
+ * catalogue an sm_75 has two blocks at a time, with those in shared memory three. */
+#define EVK_MOST_IN_REGISTERS 20
+
 template <typename Kind>
 using ForVectors =
     typename Choice<sizeof(typename Kind::Real) == sizeof(double) ||
+                        (Kind::Structure::SCALARS > EVK_MOST_IN_REGISTERS) ||
                         Kind::Parameter::ROUNDS_RANDOMLY || Kind::State::ROUNDS_RANDOMLY,
                     InShared<typename Kind::Real>,
                     InRegisters<typename Kind::Real, Kind::Structure::SCALARS>>::Type;

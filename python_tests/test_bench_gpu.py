@@ -1,6 +1,7 @@
 """bench/gpu.py without a GPU: exit codes, and all of its code with the host in a GPU's place."""
 
 import copy
+import dataclasses
 import json
 import pathlib
 import re
@@ -16,6 +17,7 @@ import gpu_report
 import gpu_steps
 import gpu_tests
 import gpu_timing
+import own_terms
 import pytest
 import timing
 import torch
@@ -208,7 +210,7 @@ def test_a_whole_run(command, tiny, tmp_path, monkeypatch):
     results = json.loads((tmp_path / "out" / "gpu_tesla_t4.json").read_text())
     assert code == 0, page
     assert out.startswith(page)
-    assert "All that ran (tests, steps, evaluation) is right." in page
+    assert "All that ran (tests, steps, first steps, evaluation) is right." in page
 
     assert results["environment"]["torch"] == torch.__version__
     assert results["environment"]["apex"] == "not installed"
@@ -246,6 +248,11 @@ def test_a_whole_run(command, tiny, tmp_path, monkeypatch):
     taken = statistics.median(large["passes of the copy"])
     assert large["copy, bytes a second"] == pytest.approx(copied / taken)
     assert ours["of the copy"] == ours["bytes a second"] / large["copy, bytes a second"]
+
+    first = results["first steps"]["own terms"]
+    assert first["seconds"]["ours, CPU"]["compiled"] > first["seconds"]["ours, CPU"]["from disk"]
+    assert list(first["absent"]) == ["ours, Triton"]
+    assert re.search(r"## The first step of a rule.*\n\| ours, CPU \| [0-9.]+ .?s \|", page, re.S)
 
     evaluation = results["evaluation"]["fashion_mnist_mini"]
     assert (evaluation["steps"], evaluation["training images"]) == (2, 5000)
@@ -319,15 +326,38 @@ def test_the_cases_are_those_of_the_issue():
         "64M": (64_000_000, 1),
         "64M bfloat16, float32 state": (64_000_000, 1),
         "64M bfloat16, bfloat16 state": (64_000_000, 1),
+        **{
+            f"16M, {rule}": (16_000_000, 16)
+            for rule in ("lion", "adabelief", "cautious_adam", "three moments, exp and tanh")
+        },
     }
     assert sizes["ResNet-18 of 12.5M"][0] == pytest.approx(12.5e6, rel=0.01)
-    kinds = [(work.dtype, work.state_dtype) for work in gpu_steps.CASES.values()]
+    classic = [work for name, work in gpu_steps.CASES.items() if name not in gpu_steps.OWN_CASES]
+    kinds = [(work.dtype, work.state_dtype) for work in classic]
     assert kinds[-3:] == [
         (torch.float32, None),
         (torch.bfloat16, None),
         (torch.bfloat16, torch.bfloat16),
     ]
-    assert {work.genome for work in gpu_steps.CASES.values()} == {zoo.evolved_2025}
+    assert {work.genome for work in classic} == {zoo.evolved_2025}
+
+
+@pytest.mark.parametrize("case", gpu_steps.OWN_CASES)
+def test_rules_beyond_the_classic_catalogue_are_timed(command, tiny, monkeypatch, case):
+    work = dataclasses.replace(gpu_steps.CASES[case], shapes=((5, 3), (7,)))
+    monkeypatch.setitem(gpu_steps.CASES, case, work)
+    monkeypatch.setitem(gpu_steps.LEFT_OUT, (case, gpu_steps.EXPORTED_COMPILED), "it takes long")
+    code, out, _ = command("--parts", "steps", "--cases", case, "--passes", "1")
+    assert code == 0, out
+    rows = re.findall(r"^\| ([^|]+) \| [0-9.]+ .?s ", out, re.M)
+    assert rows == ["ours, CPU", "AdamW(fused=True)", "exported"]
+    assert "- exported, torch.compile was not measured: it takes long" in out
+
+
+def test_a_first_step_that_fails_says_why(monkeypatch):
+    monkeypatch.setattr(own_terms, "FIRST_STEP", "raise SystemExit('out of memory')")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        own_terms.first_step("float32")
 
 
 class Slow:

@@ -20,6 +20,7 @@ from evokernels.compiler.covers import COVERS
 from evokernels.compiler.lower import lower
 from evokernels.compiler.spelling import DTYPES, Kind
 from evokernels.compiler.structure import structure_of
+from evokernels.genome import CATALOGUES
 
 KINDS = list(all_kinds())
 FLOAT32 = [kind for kind in KINDS if (kind.parameter, kind.state) == ("float32", "float32")]
@@ -172,6 +173,18 @@ def test_update_of_a_rule_without_a_cover(code_of, case):
     of_functions = {"ex2.approx.ftz.f32", "rcp.approx.ftz.f32"} if case.backend == "cuda" else set()
     assert set(re.findall(r"\w+\.\S*ftz\S*\.f32", code.ptx)) <= of_functions
     assert not re.search(r"(div|sqrt|tanh|lg2)\.(approx|full)\S*\.f32", code.ptx)
+
+
+@pytest.mark.skipif(COMPILERS["cuda"].why_not() is not None, reason="NVRTC is not here")
+@pytest.mark.parametrize("parameter", ["float32", "bfloat16"])
+def test_many_scalars_take_no_registers(monkeypatch, parameter):
+    """The whole wide catalogue with an average keeps three states, and yet three blocks fit."""
+    monkeypatch.setattr("evokernels.genome._own_terms", {})
+    structure = structure_of(lower(rule_of(*CATALOGUES["wide"])))
+    assert len(structure.program.state) == 3
+    assert len(structure.program.scalars) > max(len(each.program.scalars) for each in structures())
+    code = COMPILERS["cuda"].code([Kind(structure, parameter, "float32", False)], 75)
+    assert (code.spills, code.registers <= MOST_REGISTERS[3]) == (0, True)
 
 
 def most_reread(case):

@@ -17,7 +17,21 @@ from evokernels.compiler import terms
 from evokernels.compiler.canonical import canonical_key
 from evokernels.compiler.covers import COVERS, find_cover
 from evokernels.compiler.describe import formula
-from evokernels.compiler.expr import ON_ARRAYS, Call, Line, clamp, compiled, sign, sqrt, substitute
+from evokernels.compiler.expr import (
+    ON_ARRAYS,
+    Call,
+    Constant,
+    Line,
+    clamp,
+    compiled,
+    exp,
+    log1p,
+    sign,
+    sqrt,
+    substitute,
+    tanh,
+    where,
+)
 from evokernels.compiler.linear import linear, linear_expr
 from evokernels.compiler.lower import lower
 from evokernels.compiler.ops import OPS
@@ -55,6 +69,24 @@ g, m, v, eps, beta1, bias1, bias2 = (
 )
 def test_linear_form(expr, text):
     assert str(linear_expr(linear(expr))) == text
+
+
+progress = terms.progress
+OF_A_STEP = [
+    *(sqrt(progress + beta1), sqrt(progress - 0.5), sqrt(-1.0 * progress), sqrt(Constant(-1.0))),
+    *(exp(progress + 1), log1p(progress), tanh(progress - beta1), sign(progress - 0.5)),
+    *(abs(progress - 0.5), where(progress > beta1, eps, 2.0), clamp(progress, -eps, eps)),
+]
+
+
+@pytest.mark.parametrize("scalar", OF_A_STEP, ids=str)
+@pytest.mark.parametrize("hidden", [0.0, g - g])
+def test_a_function_of_step_scalars_is_one_number_a_step(scalar, hidden):
+    """Also where a tensor only seems to be in it; elements are left with what is of elements."""
+    (atom,) = scalar.args[:1]
+    scalar = substitute(scalar, {atom: atom + hidden})
+    assert list(linear(scalar * g)) == [g]
+    assert list(linear(g / (scalar * 2.0))) == [g]
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -243,6 +243,29 @@ def test_the_wide_catalogue_matches_the_reference(dtype):
             assert_near(parameter.detach(), exact["p"], eager["p"], dtype, f"{rule} at {t}")
 
 
+@pytest.mark.parametrize(
+    "backend",
+    ["cpu", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "triton"))],
+)
+@pytest.mark.parametrize("name", NAMED)
+def test_lists_of_tensors_match_the_kernel_on_its_device(name, backend):
+    """Both from the same state in every step, within what float32 leaves open."""
+    rule, device = NAMED[name], "cpu" if backend == "cpu" else "cuda"
+    start, gradients = case(0, torch.float32)
+    start, *gradients = ([t.to(device) for t in each] for each in (start, *gradients))
+    lists = {} if device == "cuda" else {"foreach": True}  # there it is what one gets
+    parameters, beside = ([p.clone().requires_grad_() for p in start] for _ in range(2))
+    optimizer = make(rule, parameters, **lists)
+    kernel = fused(rule, beside, backend=backend)
+    for step in gradients:
+        train(optimizer, parameters, [step])
+        train(kernel, beside, [step])
+        for a, b in zip(parameters, beside, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
+            b.data.copy_(a.detach())
+        kernel.load_state_dict(optimizer.state_dict())
+
+
 def exact_averages(rule):
     """The averages of a rule as `exact_update` names them, in the order of the program."""
     zeros = dict.fromkeys("pgmv", np.zeros(1))

@@ -536,6 +536,21 @@ def test_the_coordinator_needs_no_gpu(cluster, two, free, command, tmp_path):
     assert re.match(words, err.splitlines()[-1])
 
 
+@pytest.mark.gpu
+def test_workers_that_share_a_gpu_find_what_this_process_finds(command, tmp_path):
+    """A cluster of its own, which Ray starts with the GPUs of this machine."""
+    assert command("--device", "cuda", "--out", tmp_path / "here")[0] == 0
+    given = ("--device", "cuda", "--executor", "ray", "--gpus-per-worker", "0.5")
+    done = subprocess.run(
+        [sys.executable, ROOT / "bench/evolve.py", *TINY, *given, "--out", tmp_path / "ray"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    here, there = ((tmp_path / name / "history.csv").read_text() for name in ("here", "ray"))
+    assert there == here
+
+
 def test_errors_of_options(command, tmp_path, monkeypatch):
     ray_here = ("--executor", "ray")
     for arguments, part in (

@@ -55,9 +55,7 @@ def linear(expr: Expr) -> Linear:
         return {Call("div", (atom, denominator)): weight for atom, weight in forms[0].items()}
     if expr.op == "sqrt" and len(forms[0]) == 1:
         return _root(*forms[0].items())
-    if not expr.per_element:
-        return {ONE: {(_rebuilt(expr, forms),): 1.0}}
-    return {_rebuilt(expr, forms): {(): 1.0}}
+    return _whole(_rebuilt(expr, forms))
 
 
 def linear_expr(form: Linear) -> Expr:
@@ -148,6 +146,8 @@ def _root(item: tuple[Expr, Coefficient]) -> Linear:
     ((monomial, number), *others) = coefficient.items()
     if not others and number > 0 and all(map(_never_negative, monomial)):
         weight = {tuple(sqrt(factor) for factor in monomial): math.sqrt(number)}
+    elif atom == ONE:
+        return _whole(sqrt(coefficient_expr(coefficient)))
     else:
         atom, weight = linear_expr({atom: coefficient}), {(): 1.0}
     if atom == ONE:
@@ -163,6 +163,11 @@ def _never_negative(scalar: Expr) -> bool:
         known = scalar.op == "div" and all(map(_never_negative, scalar.args))
         return known or scalar.op in ("sqrt", "abs", "exp")
     return isinstance(scalar, Symbol) or scalar.value >= 0
+
+
+def _whole(call: Call) -> Linear:
+    """What is not taken apart: an atom, or a number of the step if it reads no tensor."""
+    return {call: {(): 1.0}} if call.per_element else {ONE: {(call,): 1.0}}
 
 
 def _rebuilt(call: Call, forms: list[Linear]) -> Call:
