@@ -24,26 +24,32 @@ Also ``eps``, ``beta1``, ``beta2``, numbers, and ``progress``: the step as a par
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import math
 import numbers
 import os
 import runpy
+import sys
+import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from evokernels.compiler.expr import (
     ON_ARRAYS,
     Average,
-    Condition,
+    Call,
     Constant,
     Expr,
     Symbol,
     averages_of,
     compiled,
     exp,
+    expression,
     log1p,
+    shown,
     sign,
     sqrt,
     substitute,
@@ -102,6 +108,8 @@ __all__ = [
 LEAVES = frozenset((g, m, v, p, m_hat, v_hat, m_before, eps, beta1, beta2, progress))
 
 _LARGEST = 1e100  # number of a formula, multiplied out
+# A chain of functions this deep compiles for several seconds, a sum this long for three.
+_MOST_OPERATIONS, _DEEPEST = 500, 64
 
 _registered: dict[str, Term | OwnTerm] = {}
 
@@ -151,29 +159,54 @@ def definitions() -> tuple[str, ...]:
 
 
 def load(path: str | os.PathLike[str]) -> None:
-    """Run a Python file that registers terms.
+    """Run a Python file that registers terms, as if it were run in its own folder.
+
+    It finds modules beside it and no arguments; what it prints goes to stderr, and the working
+    directory stays as it is.
 
     Raises:
-        TermError: it cannot be run, or registers none.
+        TermError: it cannot be run, or registers none; with the line at which it ended.
     """
+    path = os.fspath(path)
     before = dict(_registered)
     _registered.clear()
     try:
-        runpy.run_path(os.fspath(path), run_name="evokernels_terms")
-    except TermError:
-        raise
+        with _as_a_script(path):
+            runpy.run_path(path, run_name="evokernels_terms")
     except (Exception, SystemExit) as error:  # whatever a user's file does
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise TermError(f"cannot read terms from {os.fspath(path)!r}: {reason}") from error
+        reason = str(error) if isinstance(error, TermError) else f"{type(error).__name__}: {error}"
+        place = _place(path, error)
+        raise TermError(f"cannot read terms from {place}: {' '.join(reason.split())}") from error
     finally:
         found = dict(_registered)
         _registered.clear()
         _registered.update({**before, **found})
     if not found:
         raise TermError(
-            f"{os.fspath(path)!r} registers no term; a line such as "
-            "register('SIGN_MOMENTUM', sign(m)) does"
+            f"{path!r} registers no term; a line such as register('SIGN_MOMENTUM', sign(m)) does"
         )
+
+
+@contextlib.contextmanager
+def _as_a_script(path: str) -> Iterator[None]:
+    """What a file finds when it is run by itself; all as before when it has run."""
+    if os.path.isdir(path):  # Python would run a __main__.py in it
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    arguments, places, folder = sys.argv, sys.path, os.getcwd()
+    sys.argv, sys.path = [path], [os.path.dirname(os.path.abspath(path)), *places]
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        sys.argv, sys.path = arguments, places
+        os.chdir(folder)
+
+
+def _place(path: str, error: BaseException) -> str:
+    """The file, and which of its lines was the last one that ran."""
+    steps = traceback.extract_tb(error.__traceback__)
+    lines = [step.lineno for step in steps if step.filename == path]
+    return f"{path!r}, line {lines[-1]}" if lines else repr(path)
 
 
 def average(x: Expr, beta: Expr | float) -> Average:
@@ -186,46 +219,41 @@ def average(x: Expr, beta: Expr | float) -> Average:
     Raises:
         TermError: it is of another kind.
     """
-    x = _expression(x)
+    x = expression(x)
+    _check_size(x)
     if averages_of(x):
         raise TermError(f"{x} holds an average already, and averages of averages are not kept")
-    if beta in (beta1, beta2):
+    if isinstance(beta, Expr) and beta in (beta1, beta2):
         return Average(x, beta)
     if isinstance(beta, bool) or not isinstance(beta, numbers.Real) or not 0 < beta < 1:
-        raise TermError(f"beta must be beta1, beta2 or a number between 0 and 1, got {beta}")
+        raise TermError(f"beta must be beta1, beta2 or a number between 0 and 1, got {shown(beta)}")
     return Average(x, Constant(float(beta)))
 
 
 def minimum(a: Expr | float, b: Expr | float) -> Expr:
     """The smaller one; NaN where either is."""
-    a, b = _expression(a), _expression(b)
+    a, b = expression(a), expression(b)
     return where(a < b, a, b)
 
 
 def maximum(a: Expr | float, b: Expr | float) -> Expr:
     """The larger one; NaN where either is."""
-    a, b = _expression(a), _expression(b)
+    a, b = expression(a), expression(b)
     return where(a > b, a, b)
 
 
 def clip(x: Expr, low: Expr | float, high: Expr | float) -> Expr:
     """``x``, limited to [low, high]; NaN stays NaN."""
+    low, high = expression(low), expression(high)
+    if isinstance(low, Constant) and isinstance(high, Constant) and low.value > high.value:
+        raise TermError(f"clip takes the lower limit before the upper one, got {low} and {high}")
     return minimum(maximum(x, low), high)
-
-
-def _expression(value: Expr | float) -> Expr:
-    if isinstance(value, Expr):
-        return value
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TermError(f"a formula is made of what evokernels.terms has, got {value!r}")
-    return Constant(float(value))
 
 
 def _checked(name: str, formula: Expr | float) -> Expr:
     """The formula as an expression that reads nothing but leaves."""
-    if isinstance(formula, Condition):
-        raise TermError(f"{name} is a comparison, not a number; where() makes one of it")
-    formula = _expression(formula)
+    formula = expression(formula)
+    _check_size(formula)
     if strange := {str(symbol) for symbol in symbols_of(formula) - LEAVES}:
         allowed = ", ".join(sorted(map(str, LEAVES)))
         raise TermError(f"{name} reads {', '.join(sorted(strange))}; a term may read {allowed}")
@@ -235,6 +263,29 @@ def _checked(name: str, formula: Expr | float) -> Expr:
     if not all(abs(x) <= _LARGEST for x in _numbers_of(linear_expr(linear(formula)))):
         raise TermError(f"{name} has numbers that come to more than {_LARGEST:g}: {formula}")
     return formula
+
+
+def _check_size(formula: Expr) -> None:
+    """Raises TermError for one that would take minutes to compile, or more than Python can nest."""
+    sizes: dict[int, tuple[int, int]] = {}
+
+    def size(expr: Expr, level: int = 0) -> tuple[int, int]:
+        """Operations written out, and how deep they are nested."""
+        if level <= _DEEPEST and id(expr) not in sizes:
+            inner = expr.args if isinstance(expr, Call) else ()
+            inner = (expr.value,) if isinstance(expr, Average) else inner
+            counts, depths = zip((0, 0), *(size(each, level + 1) for each in inner), strict=True)
+            sizes[id(expr)] = sum(counts) + bool(inner), max(depths) + bool(inner)
+        return sizes.get(id(expr), (0, _DEEPEST))
+
+    operations, depth = size(formula)
+    if operations > _MOST_OPERATIONS or depth > _DEEPEST:
+        given = f"{operations:,} operations" if operations > _MOST_OPERATIONS else "more"
+        raise TermError(
+            f"a formula has at most {_MOST_OPERATIONS} operations, each counted as often as it is "
+            f"used, and nests at most {_DEEPEST} of them, got {given}; a genome adds up several "
+            "terms, so a long sum may be more than one"
+        )
 
 
 def _numbers_of(formula: Expr) -> list[float]:
