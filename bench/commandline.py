@@ -1,4 +1,4 @@
-"""What the scripts beside this file share: options, a progress bar, tables, errors as one line."""
+"""What the scripts beside this file share: options, a progress bar, tables, how they end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 from tqdm import tqdm
 
 from evokernels import terms
-from evokernels.errors import EvokernelsError, SettingsError, WorkerError
+from evokernels.console import exit_code
+from evokernels.errors import SettingsError, WorkerError
 from evokernels.evolution.devices import named_device
 from evokernels.evolution.evaluations import OnGeneration
 from evokernels.evolution.precision import PRECISIONS, best_precision
@@ -38,19 +39,6 @@ __all__ = [
 ]
 
 LOGS = "tensorboard"
-
-
-def exit_code(command: Callable[[], None], resume_hint: str) -> int:
-    """Run a command; 0, or 2 after an error and 130 after Ctrl-C, each with one line on stderr."""
-    try:
-        command()
-    except EvokernelsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"interrupted; {resume_hint}", file=sys.stderr)
-        return 130
-    return 0
 
 
 def run_exit_code(run: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
