@@ -129,23 +129,29 @@ def _loaded(path: pathlib.Path) -> Genome:
 
 
 def _export(genome: Genome, options: argparse.Namespace) -> None:
+    path = pathlib.Path(options.output)
     if options.format == "json":
         text = genome.to_json()
     else:
-        named_after = options.genome if options.output == "-" else options.output
+        named_after = options.genome if options.output == "-" else path
         text = render_torch(genome, class_name(pathlib.Path(named_after).stem))
     if options.output == "-":
         print(text, end="")
         return
-    if os.path.exists(options.output) and not os.path.isfile(options.output):
+    if path.suffix == ".py" and path.stem in {"torch", *sys.stdlib_module_names}:
+        raise ExportError(
+            f"{options.output!r} would hide Python's module {path.stem} from all that runs beside "
+            "it; choose another name"
+        )
+    if path.exists() and not path.is_file():
         # a folder, or a device such as /dev/null, which root could replace by a file
         raise ExportError(f"cannot write {options.output!r}: it is no regular file")
-    if os.path.exists(options.output) and not options.force:
+    if path.exists() and not options.force:
         raise ExportError(
             f"{options.output!r} exists; choose another name, or --force to replace it"
         )
     try:
-        write_whole(options.output, text)
+        write_whole(path, text)
     except OSError as error:
         raise ExportError(f"cannot write {options.output!r}: {error.strerror or error}") from None
 

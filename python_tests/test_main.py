@@ -109,6 +109,8 @@ ERRORS = [
     (("export", "folder"), "cannot read genome 'folder'"),
     (("export", "adam", "-o", "there.py"), "'there.py' exists; choose another name, or --force"),
     (("export", "adam", "-o", "no/where.py"), "cannot write 'no/where.py': No such file"),
+    (("export", "adam", "-o", "torch.py"), "'torch.py' would hide Python's module torch from all"),
+    (("export", "adam", "-o", "", "--force"), "cannot write '': it is no regular file"),
     (("export", "adam", "-o", "folder", "--force"), "cannot write 'folder': "),
     (("export", "adam", "--terms", "bad.json"), "cannot read terms from 'bad.json'"),
     (
