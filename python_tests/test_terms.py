@@ -350,6 +350,18 @@ def test_optimizers_train_with_own_terms(backend, dtype):
         assert torch.equal(loaded.state[parameter][name], value)
 
 
+def test_functions_of_what_fades_away(backend):
+    """At the last step nothing is left in the functions; a sum without a term is zero there."""
+    rest = 1 - progress
+    for i, own in enumerate((tanh(rest * g), sign(rest * g), where(rest * g > rest * m, 1.0, p))):
+        rule = Genome([register(f"FADING{i}", own)], lr_log10=0.0, wd_log10=-math.inf)
+        parameter = torch.full((3,), 2.0, requires_grad=True)
+        optimizer = FusedEvolvedOptimizer([parameter], rule, backend=backend, total_steps=1)
+        parameter.grad = torch.ones(3)
+        optimizer.step()
+        assert parameter.tolist() == [0.0 if i == 2 else 2.0] * 3
+
+
 def test_terms_that_ask_for_progress_need_the_length_of_the_training():
     rule = Genome([register("LATE", progress * g)])
     with pytest.raises(OptimizerError, match=r"how far the training is; .*total_steps="):
