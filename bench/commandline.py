@@ -1,4 +1,4 @@
-"""What the scripts beside this file share: options, a progress bar, tables, errors as one line."""
+"""What the scripts beside this file share: options, a progress bar, tables, how they end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from typing import Any
 from tqdm import tqdm
 
 from evokernels import terms
-from evokernels.errors import EvokernelsError, SettingsError, WorkerError
+from evokernels.console import exit_code
+from evokernels.errors import SettingsError, WorkerError
 from evokernels.evolution.devices import named_device
 from evokernels.evolution.evaluations import OnGeneration
 from evokernels.evolution.precision import PRECISIONS, best_precision
@@ -41,30 +42,17 @@ __all__ = [
 LOGS = "tensorboard"
 
 
-def exit_code(command: Callable[[], None], resume_hint: str) -> int:
-    """Run a command; 0, or 2 after an error and 130 after Ctrl-C, each with one line on stderr."""
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _one_line
-            command()
-    except EvokernelsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"interrupted; {resume_hint}", file=sys.stderr)
-        return 130
-    return 0
+def run_exit_code(run: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
+    """`exit_code` of a command that resumes in its run folder, ``options.out``."""
+    hint = f"all finished training runs are in {options.out}, the same command resumes there"
+    with warnings.catch_warnings():
+        warnings.showwarning = _one_line
+        return exit_code(lambda: run(options), hint)
 
 
 def _one_line(message: Warning | str, category: type[Warning], *place: object) -> None:
     """A warning as users need it, whichever line of ours it comes from; below a bar, if any."""
     tqdm.write(f"{category.__name__}: {message}", file=sys.stderr)
-
-
-def run_exit_code(run: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
-    """`exit_code` of a command that resumes in its run folder, ``options.out``."""
-    hint = f"all finished training runs are in {options.out}, the same command resumes there"
-    return exit_code(lambda: run(options), hint)
 
 
 def add_settings(

@@ -8,10 +8,10 @@ command that repeats it.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import itertools
 import math
-import multiprocessing
 import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -38,6 +38,7 @@ from evokernels.compiler.expr import Average, averages_of
 from evokernels.compiler.linear import linear
 from evokernels.compiler.lower import MOMENT_NAMES, kept_average, lower
 from evokernels.compiler.terms import formula_of
+from evokernels.evolution.executor import WorkerDied, WorkerProcesses
 from evokernels.genome import CATALOGUES, add_own_term
 from evokernels.kernels.plan import ARITHMETIC, Rounding
 from evokernels.kernels.rounding import random_bits, round_to_bfloat16_stochastically
@@ -83,9 +84,13 @@ def main() -> int:
     """The command; its exit code: 1 after a failed case."""
     options = parse(sys.argv[1:])
     failures: list[str] = []
-    code = exit_code(lambda: failures.extend(run(options)), "no case had failed")
-    print("\n".join(failures), end="\n" if failures else "")
-    return code or (1 if failures else 0)
+
+    def command() -> None:
+        for failure in run(options):
+            failures.append(failure)
+            print(failure)
+
+    return exit_code(command, "no case had failed") or (1 if failures else 0)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -111,11 +116,19 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     numbers = range(options.seed, options.seed + options.count)
     batches = [numbers[i : i + BATCH] for i in range(0, len(numbers), BATCH)]
     workers = worker_count(options, threads=1, device="cpu")
-    context = multiprocessing.get_context("spawn")  # OpenMP's threads do not survive a fork
-    with Bar() as bar, context.Pool(min(workers, len(batches))) as pool:
-        for done, failure in enumerate(pool.imap_unordered(first_failure, batches), start=1):
+    with Bar() as bar, WorkerProcesses(min(workers, len(batches))) as executor:
+        calls = {executor.submit(first_failure, batch): batch for batch in batches}
+        for done, call in enumerate(concurrent.futures.as_completed(calls), start=1):
             bar.show(min(done * BATCH, len(numbers)), len(numbers), "fuzz")
+            try:
+                failure = call.result()
+            except WorkerDied as death:
+                first = calls[call][0]
+                failure = (
+                    f"{death}\npython bench/fuzz.py --seed {first} --count {BATCH} --workers 1"
+                )
             if failure:
+                executor.shutdown(wait=False, cancel_futures=True)
                 yield failure
                 return
     print(f"{len(numbers)} cases are right")

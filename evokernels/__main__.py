@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import pathlib
 import sys
@@ -13,12 +14,15 @@ import torch
 from evokernels import terms, zoo
 from evokernels.compiler.render_torch import class_name, render_torch
 from evokernels.compiler.spelling import DTYPES
+from evokernels.console import exit_code
 from evokernels.document import write_whole
-from evokernels.errors import EvokernelsError, ExportError, GenomeError
+from evokernels.errors import ExportError, GenomeError
 from evokernels.genome import Genome
 from evokernels.inspection import SOURCES, source, summary
 
 __all__ = ["main"]
+
+BEST_GENOME = "best_genome.json"  # of a run folder
 
 _NAMED = {**zoo.GENOMES, **zoo.WIDE}
 
@@ -30,31 +34,15 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0, or 2 after an error, which is one line on stderr."""
+    """Run a command; its exit code."""
     options = _parser().parse_args(arguments)
-    try:
-        if options.terms is not None:
-            terms.load(options.terms)
-        options.command(_genome(options.genome), options)
-        sys.stdout.flush()
-    except EvokernelsError as error:
-        return _failed(error)
-    except BrokenPipeError:  # whoever reads has seen enough
-        _discard_output()
-    except OSError as error:  # all other files' become one of ours
-        _discard_output()
-        return _failed(f"cannot write to standard output: {error.strerror or error}")
-    return 0
+    return exit_code(lambda: _run(options))
 
 
-def _failed(reason: object) -> int:
-    print("error:", " ".join(str(reason).splitlines()), file=sys.stderr)
-    return 2
-
-
-def _discard_output() -> None:
-    """So that what is left of it does not fail again when Python ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _run(options: argparse.Namespace) -> None:
+    if options.terms is not None:
+        terms.load(options.terms)
+    options.command(_genome(options.genome), options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -106,41 +94,64 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_genome(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("genome", help=f"a JSON file, or a name of the zoo: {', '.join(_NAMED)}")
+    parser.add_argument(
+        "genome", help=f"a JSON file (-: stdin), or a name of the zoo: {', '.join(_NAMED)}"
+    )
     parser.add_argument(
         "--terms", metavar="FILE", help="Python file that registers the terms of its own"
     )
 
 
 def _genome(name: str) -> Genome:
-    """From a file, or from the zoo."""
+    """From standard input, a file, or the zoo."""
+    if name == "-":
+        return Genome.load("/dev/stdin")
     if os.path.exists(name):
-        return Genome.load(name)
+        return _loaded(pathlib.Path(name))
     if name in _NAMED:
         return _NAMED[name]
+    close = difflib.get_close_matches(name, _NAMED, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
     raise GenomeError(
-        f"there is no file {name!r}, and no such genome in the zoo: {', '.join(_NAMED)}"
+        f"there is no file {name!r}, and no such genome in the zoo: {', '.join(_NAMED)}{hint}"
     )
 
 
+def _loaded(path: pathlib.Path) -> Genome:
+    """From a file; an error names the genome of the run folder that was meant, perhaps."""
+    try:
+        return Genome.load(path)
+    except GenomeError as error:
+        meant = (path if path.is_dir() else path.parent) / BEST_GENOME
+        if path.name == BEST_GENOME or not meant.exists():
+            raise
+        raise GenomeError(f"{error}; the best genome of that run is in {str(meant)!r}") from None
+
+
 def _export(genome: Genome, options: argparse.Namespace) -> None:
+    path = pathlib.Path(options.output)
     if options.format == "json":
         text = genome.to_json()
     else:
-        named_after = options.genome if options.output == "-" else options.output
+        named_after = options.genome if options.output == "-" else path
         text = render_torch(genome, class_name(pathlib.Path(named_after).stem))
     if options.output == "-":
         print(text, end="")
         return
-    if os.path.exists(options.output) and not os.path.isfile(options.output):
+    if path.suffix == ".py" and path.stem in {"torch", *sys.stdlib_module_names}:
+        raise ExportError(
+            f"{options.output!r} would hide Python's module {path.stem} from all that runs beside "
+            "it; choose another name"
+        )
+    if path.exists() and not path.is_file():
         # a folder, or a device such as /dev/null, which root could replace by a file
         raise ExportError(f"cannot write {options.output!r}: it is no regular file")
-    if os.path.exists(options.output) and not options.force:
+    if path.exists() and not options.force:
         raise ExportError(
             f"{options.output!r} exists; choose another name, or --force to replace it"
         )
     try:
-        write_whole(options.output, text.encode())
+        write_whole(path, text.encode())
     except OSError as error:
         raise ExportError(f"cannot write {options.output!r}: {error.strerror or error}") from None
 
@@ -157,5 +168,6 @@ def _inspect(genome: Genome, options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(encoding="utf-8")  # what Python files have to be, wherever they go
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(encoding="utf-8")  # what Python files have to be, wherever they go
     sys.exit(main())

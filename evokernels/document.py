@@ -8,12 +8,15 @@ import json
 import os
 import pathlib
 import tempfile
+from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Self
 
 from evokernels.errors import EvokernelsError
 
 __all__ = ["Document", "write_whole"]
+
+_MOST_BYTES = 2**20
 
 
 def write_whole(
@@ -41,6 +44,10 @@ def write_whole(
     except BaseException:
         unfinished.unlink(missing_ok=True)  # half a file would take what is left of a full disk
         raise
+
+
+def _a(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 class Document:
@@ -76,9 +83,11 @@ class Document:
             sometimes: fields that may be missing all the same.
         """
         if not isinstance(data, Mapping):
-            article = "an" if cls.NOUN[0] in "aeiou" else "a"
-            raise cls.ERROR(f"{article} {cls.NOUN} is a JSON object, got {type(data).__name__}")
+            raise cls.ERROR(f"{_a(cls.NOUN)} is a JSON object, got {type(data).__name__}")
         fields = dict(data)
+        for other in Document.__subclasses__():
+            if other is not cls and {f.name for f in dataclasses.fields(other)} <= fields.keys():
+                raise cls.ERROR(f"this is {_a(other.NOUN)}, not {_a(cls.NOUN)}")
         versioned = versioned or "schema_version" in fields
         version = fields.pop("schema_version", None if versioned else cls.SCHEMA_VERSION)
         if version != cls.SCHEMA_VERSION or isinstance(version, bool):
@@ -107,7 +116,9 @@ class Document:
     def from_json(cls, text: str) -> Self:
         """The inverse of `to_json`; raises ``ERROR`` for text that is not valid."""
         try:
-            data = json.loads(text, parse_constant=cls._no_constant)
+            data = json.loads(
+                text, parse_constant=cls._no_constant, object_pairs_hook=cls._each_once
+            )
         except (ValueError, RecursionError) as error:  # also numbers and nesting beyond all bounds
             raise cls.ERROR(f"not JSON: {error}") from None
         return cls.from_dict(data)
@@ -116,6 +127,15 @@ class Document:
     def _no_constant(cls, token: str) -> float:
         """Python's json reads NaN and Infinity, which JSON does not have."""
         raise ValueError(f"{token} is no number in JSON; {cls.NO_CONSTANT}")
+
+    @classmethod
+    def _each_once(cls, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """Python's json takes the last of several values, of which nobody knows which is meant."""
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+            raise ValueError(f"{name!r} is there more than once")
+        return fields
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as JSON; a reader never sees half a file.
@@ -134,6 +154,13 @@ class Document:
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read a JSON file; raises ``ERROR`` naming the file."""
         try:
-            return cls.from_json(pathlib.Path(path).read_text(encoding="utf-8"))
+            with open(path, "rb") as file:
+                content = file.read(_MOST_BYTES + 1)
+            if len(content) > _MOST_BYTES:
+                raise cls.ERROR(f"it is longer than the {_MOST_BYTES:,} bytes of any {cls.NOUN}")
+            return cls.from_json(content.decode("utf-8-sig"))  # Windows may write a mark in front
         except (OSError, UnicodeDecodeError, cls.ERROR) as error:
-            raise cls.ERROR(f"cannot read {cls.NOUN} {os.fspath(path)!r}: {error}") from None
+            reason = error.strerror if isinstance(error, OSError) else error
+            if isinstance(error, UnicodeDecodeError):
+                reason = "it is no text in UTF-8, as JSON is"
+            raise cls.ERROR(f"cannot read {cls.NOUN} {os.fspath(path)!r}: {reason}") from None

@@ -18,7 +18,18 @@ from typing import Any, ClassVar, Protocol
 from evokernels.document import Document
 from evokernels.errors import GenomeError, TermError, UnknownTermError
 
-__all__ = ["CATALOGUES", "Genome", "OwnTerm", "Term", "add_own_term", "find_term", "own_terms"]
+__all__ = [
+    "CATALOGUES",
+    "MOST_TERMS",
+    "Genome",
+    "OwnTerm",
+    "Term",
+    "add_own_term",
+    "find_term",
+    "own_terms",
+]
+
+MOST_TERMS = 256  # their sum must not be nested deeper than Python can go
 
 
 class Term(enum.IntEnum):
@@ -120,7 +131,7 @@ def find_term(value: object) -> Term | OwnTerm:
     if is_code and int(value) in Term._value2member_map_:
         return Term(int(value))
     raise UnknownTermError(
-        f"term_types holds {value!r}, which is no term; use one of "
+        f"term_types holds {reprlib.repr(value)}, which is no term; use one of "
         f"{', '.join([*(f'{t.name} ({t.value})' for t in Term), *_own_terms])}, or register it "
         "before: evokernels.terms.register(name, formula), for commands in a file: --terms FILE"
     )
@@ -215,6 +226,10 @@ class Genome(Document):
             object.__setattr__(self, field.name, value)
         if not self.term_types:
             raise GenomeError("term_types is empty; a genome needs at least one term")
+        if len(self.term_types) > MOST_TERMS:
+            raise GenomeError(
+                f"term_types has {len(self.term_types)} entries; a genome has at most {MOST_TERMS}"
+            )
         if len(self.alphas) != len(self.term_types):
             raise GenomeError(
                 f"alphas has {len(self.alphas)} entries for {len(self.term_types)} term_types; "

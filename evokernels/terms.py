@@ -25,28 +25,32 @@ Also ``eps``, the betas, numbers, and ``progress``: the step as a part of the tr
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import math
 import numbers
 import os
 import re
 import runpy
 import sys
+import traceback
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from evokernels.compiler.expr import (
     ON_ARRAYS,
     Average,
-    Condition,
     Constant,
     Expr,
     Symbol,
     averages_of,
     compiled,
     exp,
+    expression,
     log1p,
+    shown,
     sign,
     sqrt,
     substitute,
@@ -108,8 +112,8 @@ __all__ = [
 LEAVES = frozenset((g, m, v, p, m_hat, v_hat, m_before, eps, beta1, beta2, beta3, progress))
 
 _LARGEST = 1e100  # number of a formula, multiplied out
-_LONGEST = 5000  # formula, in operations as if each value were written out wherever it is read
-_DEEPEST = 100  # formula: Python calls itself some five times for each level
+# A chain of functions this deep compiles for several seconds, a sum this long for three.
+_MOST_OPERANDS, _DEEPEST = 1000, 64
 
 _registered: dict[str, Term | OwnTerm] = {}
 
@@ -170,32 +174,54 @@ def registration(terms: Iterable[Term | OwnTerm]) -> str:
 
 
 def load(path: str | os.PathLike[str]) -> None:
-    """Run a Python file that registers terms; it may import what lies beside it, as a script may.
+    """Run a Python file that registers terms, as if it were run in its own folder.
+
+    It finds modules beside it and no arguments; what it prints goes to stderr, and the working
+    directory stays as it is.
 
     Raises:
-        TermError: it cannot be run, or registers none.
+        TermError: it cannot be run, or registers none; with the line at which it ended.
     """
+    path = os.fspath(path)
     before = dict(_registered)
     _registered.clear()
-    folder = os.path.dirname(os.path.abspath(path))
-    sys.path.insert(0, folder)
     try:
-        runpy.run_path(os.fspath(path), run_name="evokernels_terms")
-    except TermError:
-        raise
+        with _as_a_script(path):
+            runpy.run_path(path, run_name="evokernels_terms")
     except (Exception, SystemExit) as error:  # whatever a user's file does
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise TermError(f"cannot read terms from {os.fspath(path)!r}: {reason}") from error
+        reason = str(error) if isinstance(error, TermError) else f"{type(error).__name__}: {error}"
+        place = _place(path, error)
+        raise TermError(f"cannot read terms from {place}: {' '.join(reason.split())}") from error
     finally:
-        sys.path.remove(folder)
         found = dict(_registered)
         _registered.clear()
         _registered.update({**before, **found})
     if not found:
         raise TermError(
-            f"{os.fspath(path)!r} registers no term; a line such as "
-            "register('SIGN_MOMENTUM', sign(m)) does"
+            f"{path!r} registers no term; a line such as register('SIGN_MOMENTUM', sign(m)) does"
         )
+
+
+@contextlib.contextmanager
+def _as_a_script(path: str) -> Iterator[None]:
+    """What a file finds when it is run by itself; all as before when it has run."""
+    if os.path.isdir(path):  # Python would run a __main__.py in it
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    arguments, places, folder = sys.argv, sys.path, os.getcwd()
+    sys.argv, sys.path = [path], [os.path.dirname(os.path.abspath(path)), *places]
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        sys.argv, sys.path = arguments, places
+        os.chdir(folder)
+
+
+def _place(path: str, error: BaseException) -> str:
+    """The file, and which of its lines was the last one that ran."""
+    steps = traceback.extract_tb(error.__traceback__)
+    lines = [step.lineno for step in steps if step.filename == path]
+    return f"{path!r}, line {lines[-1]}" if lines else repr(path)
 
 
 def average(x: Expr, beta: Expr | float) -> Average:
@@ -208,47 +234,42 @@ def average(x: Expr, beta: Expr | float) -> Average:
     Raises:
         TermError: it is of another kind.
     """
-    x = _expression(x)
+    x = expression(x)
     _check_size("what is averaged", x)
     if averages_of(x):
         raise TermError(f"{x} holds an average already, and averages of averages are not kept")
-    if beta in (beta1, beta2, beta3):
+    if isinstance(beta, Expr) and beta in (beta1, beta2, beta3):
         return Average(x, beta)
     if isinstance(beta, bool) or not isinstance(beta, numbers.Real) or not 0 < beta < 1:
-        raise TermError(f"beta must be beta1, beta2, beta3 or a number between 0 and 1, got {beta}")
+        raise TermError(
+            f"beta must be beta1, beta2, beta3 or a number between 0 and 1, got {shown(beta)}"
+        )
     return Average(x, Constant(float(beta)))
 
 
 def minimum(a: Expr | float, b: Expr | float) -> Expr:
     """The smaller one; NaN where either is."""
-    a, b = _expression(a), _expression(b)
+    a, b = expression(a), expression(b)
     return where(a < b, a, b)
 
 
 def maximum(a: Expr | float, b: Expr | float) -> Expr:
     """The larger one; NaN where either is."""
-    a, b = _expression(a), _expression(b)
+    a, b = expression(a), expression(b)
     return where(a > b, a, b)
 
 
 def clip(x: Expr, low: Expr | float, high: Expr | float) -> Expr:
     """``x``, limited to [low, high]; NaN stays NaN."""
+    low, high = expression(low), expression(high)
+    if isinstance(low, Constant) and isinstance(high, Constant) and low.value > high.value:
+        raise TermError(f"clip takes the lower limit before the upper one, got {low} and {high}")
     return minimum(maximum(x, low), high)
-
-
-def _expression(value: Expr | float) -> Expr:
-    if isinstance(value, Expr):
-        return value
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TermError(f"a formula is made of what evokernels.terms has, got {value!r}")
-    return Constant(float(value))
 
 
 def _checked(name: str, formula: Expr | float) -> Expr:
     """The formula as an expression that reads nothing but leaves."""
-    if isinstance(formula, Condition):
-        raise TermError(f"{name} is a comparison, not a number; where() makes one of it")
-    formula = _expression(formula)
+    formula = expression(formula)
     _check_size(name, formula)
     if strange := {str(symbol) for symbol in symbols_of(formula) - LEAVES}:
         allowed = ", ".join(sorted(map(str, LEAVES)))
@@ -263,16 +284,17 @@ def _checked(name: str, formula: Expr | float) -> Expr:
 
 def _check_size(name: str, formula: Expr) -> None:
     """TermError before anything is done for each operation, or calls itself for each level."""
-    below, count, depth = [formula], 0, -1  # leaves are none
-    while below:
-        count, depth = count + len(below), depth + 1
-        if count > _LONGEST or depth > _DEEPEST:
+    operands = depth = 0
+    level = [formula]
+    while level := [part for each in level for part in _parts_of(each)]:
+        depth += 1
+        operands += len(level)
+        if operands > _MOST_OPERANDS or depth > _DEEPEST:
             raise TermError(
-                f"{name} is too long: a formula may have {_LONGEST} operations, those of a value "
-                f"that is read twice counted twice, at most {_DEEPEST} within each other; "
-                "make several terms of it"
+                f"{name} is too long: a formula has at most {_MOST_OPERANDS} operands, those of "
+                f"a value that is used twice counted twice, and nests at most {_DEEPEST} "
+                "operations; a genome adds up several terms, so a long sum may be more than one"
             )
-        below = [arg for each in below for arg in _parts_of(each)]
 
 
 def _parts_of(expr: Expr) -> tuple[Expr, ...]:

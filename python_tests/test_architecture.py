@@ -101,7 +101,7 @@ VALID = NET.to_dict()
         ('{"schema_version": 1, "components": []}', "architecture lacks max_parameters"),
         (json.dumps(VALID | {"components": ["sigmoid"]}), "'sigmoid', which is no component"),
         ('{"max_parameters": NaN}', "NaN is no number in JSON; an architecture has whole numbers"),
-        (zoo.adam.to_json(), "unknown architecture field"),
+        (zoo.adam.to_json(), "this is a genome, not an architecture"),
     ],
 )
 def test_bad_json(text, message):

@@ -8,6 +8,7 @@ import math
 import pathlib
 import pickle
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,7 @@ from evokernels.compiler.render_torch import class_name, render_torch
 from evokernels.errors import GenomeError
 from evokernels.genome import CATALOGUES
 from evokernels.kernels.plan import ARITHMETIC
+from evokernels.terms import exp, log1p, sqrt, where
 
 NAMED = {**zoo.GENOMES, **zoo.WIDE}
 ROOT = pathlib.Path(__file__).parents[1]
@@ -442,25 +444,51 @@ def test_a_state_of_adam_loads():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("name", "value", "message"),
     [
-        ({"lr": -1.0}, "lr must be at least 0 and finite, got -1.0"),
-        ({"eps": math.nan}, "eps must be at least 0 and finite, got nan"),
-        ({"weight_decay": math.inf}, "weight_decay must be at least 0 and finite, got inf"),
-        ({"betas": (0.9, 1.0)}, r"betas must lie in \[0, 1\), got \(0.9, 1.0\)"),
-        ({"warmup_steps": 0}, "warmup_steps must be at least 1, got 0"),
-        ({"total_steps": -3}, "total_steps must be at least 1, got -3"),
-        ({"clip_value": 0.0}, "clip_value must be above 0, got 0.0"),
+        (name, value, f"{name} must be {allowed}, got {value!r}")
+        for names, allowed, values in (
+            (
+                "lr eps weight_decay",
+                "a number from 0 on",
+                (-1.0, math.nan, math.inf, "1", None, 1j),
+            ),
+            ("eps weight_decay", "a number from 0 on", (torch.ones(1), [0.1])),
+            (
+                "betas",
+                "two numbers in [0, 1)",
+                ((0.9,), (0.9, 1.0), 0.9, None, (0.9, "0"), [0.9] * 3),
+            ),
+            ("clip_value", "a number above 0", (0.0, -1.0, None, math.inf)),
+            ("warmup_steps total_steps", "a whole number from 1 on", (0, -3, 1.5, None, "7")),
+            ("maximize foreach", "True or False", ("no", 2)),
+        )
+        for name in names.split()
+        for value in values
     ],
 )
-def test_options_that_no_rule_can_work_with(options, message):
+def test_options_that_no_rule_can_work_with(name, value, message):
     full = Genome(["ADAM_TERM"], use_gradient_clipping=True, use_warmup=True, use_cosine_decay=True)
-    with pytest.raises(ValueError, match=message):
-        make(full, [torch.ones(2)], **options)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make(full, [torch.ones(2)], **{name: value})
     optimizer = make(full, [torch.ones(2)])
-    with pytest.raises(ValueError, match=message):
-        optimizer.add_param_group({"params": [torch.ones(2)], **options})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        optimizer.add_param_group({"params": [torch.ones(2)], name: value})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("number", [float, np.float32, np.float64, torch.tensor])
+def test_options_of_other_kinds(number):
+    """A tensor as learning rate, numbers and whole numbers of NumPy."""
+    parameter = torch.ones(2, requires_grad=True)
+    counts = {} if number is float else {"total_steps": np.int64(9), "warmup_steps": np.int32(1)}
+    beside = make(zoo.evolved_2025, [parameter], lr=0.5, **counts)
+    train(beside, [parameter], [[torch.ones(2)]])
+    expected, parameter = parameter, torch.ones(2, requires_grad=True)
+    options = {} if number is torch.tensor else {"eps": number(beside.defaults["eps"])}
+    optimizer = make(zoo.evolved_2025, [parameter], lr=number(0.5), **counts, **options)
+    train(optimizer, [parameter], [[torch.ones(2)]])
+    torch.testing.assert_close(parameter, expected)
 
 
 def test_gradients_that_it_cannot_use():
@@ -528,6 +556,7 @@ def test_numbers_have_all_their_digits():
         ("MOMENTS", "OptimizerMOMENTS"),
         ("ValueError", "OptimizerValueError"),
         ("ß", "Optimizer"),
+        ("n" * 99, "N" + "n" * 39),
     ],
 )
 def test_names_of_classes(text, name):
@@ -559,12 +588,17 @@ RUFF = shutil.which("ruff", path=pathlib.Path(sys.executable).parent) or shutil.
 
 @pytest.mark.skipif(not RUFF, reason="there is no ruff")
 def test_ruff_finds_nothing(tmp_path, monkeypatch):
-    rules = [*NAMED.values(), *map(random_genome, random_rules(60))]
+    half, rest = terms.progress > 0.5, 1 - terms.progress
+    long = where(half, exp(-rest) * sqrt(rest), log1p(rest) / (2 + terms.beta1 - terms.beta2))
+    rules = [*NAMED.values(), Genome([terms.register("L" * 99, long * terms.g)], use_m=False)]
+    rules += map(random_genome, random_rules(60))
     for i in range(len(rules) + 40):
         monkeypatch.setattr(genome, "_own_terms", {})
         rule = rules[i] if i < len(rules) else random_own_genome(i)
         if changes(rule):
-            (tmp_path / f"rule_{i}.py").write_text(render_torch(rule, f"Rule{i}"), encoding="utf-8")
+            (tmp_path / f"rule_{i}.py").write_text(
+                render_torch(rule, f"R{i:039}"), encoding="utf-8"
+            )
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     for command in (["check"], ["format", "--diff"]):
         line = [RUFF, *command, "--no-cache", "."]

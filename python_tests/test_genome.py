@@ -199,6 +199,11 @@ def test_an_invalid_value_is_named_with_its_field_and_what_is_allowed(name, valu
     ("fields", "message"),
     [
         ({"term_types": [], "alphas": []}, "term_types is empty"),
+        (
+            {"term_types": [0] * 257, "alphas": [1] * 257},
+            "257 entries; a genome has at most 256",
+        ),
+        ({"term_types": ["X" * 99]}, "term_types holds 'XXXXXXXXXXXX...XXXXXXXXXXXXX'"),
         ({"term_types": "GRAD"}, "term_types must be a list or tuple, got 'GRAD'"),
         ({"term_types": b"\0"}, "term_types must be a list or tuple, got b'"),
         ({"term_types": 0}, "term_types must be a list or tuple, got 0"),
@@ -383,6 +388,12 @@ def test_bad_json(text, message):
 # Files
 
 
+def test_a_mark_in_front_is_no_part_of_it(tmp_path):
+    path = tmp_path / "windows.json"
+    path.write_text(zoo.adam.to_json().replace("\n", "\r\n"), encoding="utf-8-sig")
+    assert Genome.load(path) == zoo.adam
+
+
 def test_save_and_load(tmp_path):
     path = tmp_path / "best genome.json"
     zoo.evolved_2025.save(path)
@@ -436,7 +447,9 @@ def test_a_genome_cannot_be_saved_where_no_file_can_be(tmp_path, place):
         (None, "No such file"),
         (b"", "not JSON"),
         (b'{"beta1": 0.9', "not JSON"),
-        (b"\xff\xfe", "utf-8"),
+        (b"\xff\xfe", "it is no text in UTF-8"),
+        (b" " * 2**20 + b"{}", "it is longer than the 1,048,576 bytes of any genome"),
+        (b'{"beta1": 0.9, "beta2": 0.9, "beta1": 0.8}', "not JSON: 'beta1' is there more than"),
         (b'{"beta_1": 0.9}', "did you mean 'beta1'"),
         (b'{"beta1": 2}', "beta1 must lie in [0, 1), got 2"),
     ],

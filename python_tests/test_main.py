@@ -1,5 +1,6 @@
 """The commands: python -m evokernels export, inspect."""
 
+import errno
 import json
 import os
 import re
@@ -9,8 +10,9 @@ import sys
 import pytest
 import torch
 
-from evokernels import FusedEvolvedOptimizer, Genome, __main__, genome, terms, zoo
+from evokernels import Architecture, FusedEvolvedOptimizer, Genome, __main__, genome, terms, zoo
 from evokernels.compiler.canonical import canonical_key
+from evokernels.console import exit_code
 from evokernels.inspection import SOURCES
 from evokernels.kernels.registry import BACKENDS
 
@@ -93,6 +95,13 @@ def test_own_terms_come_from_a_file(run, tmp_path):
 
 
 ERRORS = [
+    (("inspect", "adma"), "there is no file 'adma', and no such genome in the zoo: sgd_momentum, "),
+    (
+        ("inspect", "run"),
+        "cannot read genome 'run': Is a directory; the best genome of that run",
+    ),
+    (("export", "run/history.csv"), "cannot read genome 'run/history.csv': not JSON: Expecting"),
+    (("inspect", "network.json"), "cannot read genome 'network.json': this is an architecture, no"),
     (("export", "nowhere.json"), "there is no file 'nowhere.json', and no such genome in the zoo"),
     (("inspect", "nowhere.json"), "there is no file 'nowhere.json'"),
     (("export", "bad.json"), "cannot read genome 'bad.json': not JSON"),
@@ -100,9 +109,14 @@ ERRORS = [
     (("export", "folder"), "cannot read genome 'folder'"),
     (("export", "adam", "-o", "there.py"), "'there.py' exists; choose another name, or --force"),
     (("export", "adam", "-o", "no/where.py"), "cannot write 'no/where.py': No such file"),
+    (("export", "adam", "-o", "torch.py"), "'torch.py' would hide Python's module torch from all"),
+    (("export", "adam", "-o", "", "--force"), "cannot write '': it is no regular file"),
     (("export", "adam", "-o", "folder", "--force"), "cannot write 'folder': "),
     (("export", "adam", "--terms", "bad.json"), "cannot read terms from 'bad.json'"),
-    (("export", "adam", "--terms", "lines.py"), "cannot read terms from 'lines.py': ValueError"),
+    (
+        ("export", "adam", "--terms", "lines.py"),
+        "cannot read terms from 'lines.py', line 1: Value",
+    ),
     (("export", "adam", "-o", "pipe", "--force"), "cannot write 'pipe': it is no regular file"),
     (("export", "nothing.json"), "this genome leaves every parameter as it is"),
 ]
@@ -115,6 +129,10 @@ def test_errors_are_one_line(run, tmp_path, arguments, message):
     Genome(["GRAD"], [0.0], wd_log10=-float("inf")).save("nothing.json")
     (tmp_path / "lines.py").write_text("raise ValueError('a\\nb')")
     os.mkfifo("pipe")
+    os.mkdir("run")
+    zoo.adam.save("run/best_genome.json")
+    (tmp_path / "run" / "history.csv").write_text("generation,best\n")
+    Architecture(["relu"]).save("network.json")
     (tmp_path / "there.py").write_text("mine")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "kept").touch()
@@ -123,6 +141,8 @@ def test_errors_are_one_line(run, tmp_path, arguments, message):
     assert (code, printed) == (2, "")
     assert errors.startswith(f"error: {message}")
     assert errors.count("\n") == 1
+    assert ("did you mean 'adam'?" in errors) == ("adma" in arguments)
+    assert ("in 'run/best_genome.json'" in errors) == ("run" in arguments[1])
     assert (tmp_path / "there.py").read_text() == "mine"
     assert sorted(os.listdir(tmp_path)) == before
 
@@ -200,6 +220,70 @@ def shell(line, **variables):
     return result.returncode, result.stdout.decode(), result.stderr.decode()
 
 
+def test_a_genome_comes_through_a_pipe():
+    line = "$PYTHON -m evokernels export adam --format json | $PYTHON -m evokernels export -"
+    code, text, errors = shell(line)
+    assert (code, errors) == (0, "")
+    assert "class Optimizer(" in text
+
+
+def test_standard_output_that_is_closed():
+    code, _, errors = shell("$PYTHON -m evokernels export adam >&-")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert errors.startswith("error: cannot write to standard output or a file: Bad file")
+
+
+def interrupted():
+    raise KeyboardInterrupt
+
+
+def told():
+    print("told", flush=True)
+
+
+def without_room():
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def nowhere():
+    os.rmdir("no/where")
+
+
+def another_pipe():
+    raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+@pytest.mark.parametrize(
+    ("command", "hint", "code", "message"),
+    [
+        (told, "all is kept", 141, "nobody reads what this prints; all is kept\n"),
+        (told, None, 0, ""),
+        (lambda: print("told"), "all is kept", 0, ""),
+        (interrupted, "all is kept", 130, "interrupted; all is kept\n"),
+        (interrupted, None, 130, "interrupted\n"),
+        (nowhere, None, 2, "error: cannot use 'no/where': No such file or directory\n"),
+        (without_room, None, 2, "error: cannot write to standard output or a file: No space left"),
+    ],
+)
+def test_how_commands_end_that_nobody_reads(monkeypatch, capsys, command, hint, code, message):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as unread:
+        monkeypatch.setattr(sys, "stdout", unread)
+        assert exit_code(command, hint) == code
+    errors = capsys.readouterr().err
+    assert errors.startswith(message)
+    assert errors.count("\n") == bool(message)
+
+
+def test_a_pipe_to_somebody_else_may_break(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    with os.fdopen(reader), os.fdopen(writer, "w") as read:
+        monkeypatch.setattr(sys, "stdout", read)
+        assert exit_code(another_pipe, "all is kept") == 2
+    assert "Broken pipe" in capsys.readouterr().err
+
+
 def test_whoever_reads_may_stop_early():
     code, _, errors = shell("$PYTHON -m evokernels inspect adam --backend all | head -1")
     assert (code, errors) == (0, "")
@@ -209,7 +293,7 @@ def test_whoever_reads_may_stop_early():
 def test_standard_output_that_takes_nothing():
     code, _, errors = shell("$PYTHON -m evokernels export adam > /dev/full")
     assert (code, errors.count("\n")) == (2, 1)
-    assert errors.startswith("error: cannot write to standard output: No space left")
+    assert errors.startswith("error: cannot write to standard output or a file: No space left")
 
 
 def test_a_file_of_python_is_utf_8_whatever_the_terminal_has():

@@ -1,12 +1,14 @@
 """Terms of a user's own and the wide catalogue: what they mean, and what is turned down."""
 
 import dataclasses
+import fractions
 import io
 import json
 import math
 import pathlib
 import pickle
 import random
+import re
 import subprocess
 import sys
 import time
@@ -22,7 +24,7 @@ from evokernels import FusedEvolvedOptimizer, Genome, Term, genome, terms, zoo
 from evokernels.compiler.canonical import canonical_key
 from evokernels.compiler.describe import formula
 from evokernels.compiler.evaluate import reference_update, run_program
-from evokernels.compiler.expr import Average
+from evokernels.compiler.expr import Average, Constant
 from evokernels.compiler.linear import linear
 from evokernels.compiler.lower import kept_average, lower
 from evokernels.compiler.terms import CATALOGUE, genome_scalars
@@ -381,6 +383,18 @@ def test_optimizers_train_with_own_terms(backend, dtype):
         assert torch.equal(loaded.state[parameter][name], value)
 
 
+def test_functions_of_what_fades_away(backend):
+    """At the last step nothing is left in the functions; a sum without a term is zero there."""
+    rest = 1 - progress
+    for i, own in enumerate((tanh(rest * g), sign(rest * g), where(rest * g > rest * m, 1.0, p))):
+        rule = Genome([register(f"FADING{i}", own)], lr_log10=0.0, wd_log10=-math.inf)
+        parameter = torch.full((3,), 2.0, requires_grad=True)
+        optimizer = FusedEvolvedOptimizer([parameter], rule, backend=backend, total_steps=1)
+        parameter.grad = torch.ones(3)
+        optimizer.step()
+        assert parameter.tolist() == [0.0 if i == 2 else 2.0] * 3
+
+
 def test_terms_that_ask_for_progress_need_the_length_of_the_training():
     rule = Genome([register("LATE", progress * g)])
     with pytest.raises(OptimizerError, match=r"how far the training is; .*total_steps="):
@@ -392,9 +406,10 @@ UNFIT = [
     ("", g, "a term's name is a word"),
     (3, g, "a term's name is a word .* got 3"),
     ("MOMENTUM", 2 * m, "MOMENTUM is a built-in term of another formula"),
-    ("X", g > 0, r"X is a comparison, not a number; where\(\)"),
-    ("X", "g", "made of what evokernels.terms has, got 'g'"),
-    ("X", None, "made of what evokernels.terms has, got None"),
+    ("X", g > 0, r"g > 0 is a comparison, not a number; where\(g > 0, 1, 0\) makes one"),
+    ("X", "g", "made of what evokernels.terms has and of numbers, got 'g'"),
+    ("X", None, "made of what evokernels.terms has and of numbers, got None"),
+    ("X", 10**400, r"10+\.\.\.0+ is beyond all floating-point numbers"),
     ("X", average(math.inf * g, 0.5), "X has a number that is not finite"),
     ("X", 1e200 * g * 1e200, "X has numbers that come to more than 1e"),
     ("X", tanh(g / 1e-320), "X has numbers that come to more than 1e"),
@@ -412,18 +427,76 @@ def test_what_is_no_term_is_turned_down(name, own, message):
     assert not genome.own_terms()
 
 
-def test_formulas_that_cannot_be_written():
-    with pytest.raises(TypeError, match=r"give it to where\(\)"):
-        where(0 < g < 1, g, m)
-    with pytest.raises(TypeError, match="powers are whole numbers"):
-        g**0.5
-    for beta in (0, 1, -0.5, math.nan, "beta1", True, eps):
-        with pytest.raises(TermError, match="beta must be beta1, beta2, beta3 or a number between"):
-            average(g, beta)
-    with pytest.raises(TermError, match="averages of averages are not kept"):
-        average(average(g, 0.9), 0.9)
-    with pytest.raises(TypeError, match="takes a comparison such as g > 0"):
-        where(g, g, m)
+# What somebody who knows Python, NumPy and torch may write, by what is said of it.
+UNWRITABLE = {
+    "differs from element to element, .*there is where()": (
+        *("bool(g)", "not g", "g and m", "g or m", "m if g else v", "m if g > 0 else v"),
+        *("where(g > 0 and m > 0, g, m)", "where(0 < g < 1, g, m)", "where(not g > 0, g, m)"),
+        *("max(g, m)", "min(g, 0)", "sorted([g, m])", "np.where(g > 0, g, m)"),
+    ),
+    "formulas have no >=: where(a >= b, x, y) is where(a < b, y, x)": ("g >= m", "0 <= g"),
+    "formulas have no <=: where(a <= b, x, y) is where(a > b, y, x)": ("g <= m", "0 >= g"),
+    "formulas have no &: where(a & b, x, y) is where(a, where(b, x, y), y)": (
+        *("where((g > 0) & (m > 0), g, m)", "g & 1", "1 & g"),
+    ),
+    "formulas have no |: where(a | b, x, y) is where(a, x, where(b, x, y))": ("(g > 0) | (m > 0)",),
+    "formulas have no ~: where(~a, x, y) is where(a, y, x)": ("~(g > 0)",),
+    "formulas have no //: ": ("g // m", "2 // g"),
+    "formulas have no %: ": ("g % m", "2 % g"),
+    "formulas have no @: ": ("g @ m",),
+    "formulas have no ** to a formula: there are exp": ("2 ** g",),
+    "powers are whole numbers from 1 to 64, got ": (
+        *("g ** 0.5", "g ** -1", "g ** 0", "g ** 2.0", "g ** True", "g ** 65", "g ** m"),
+    ),
+    "takes a comparison with > or <, such as g > 0, got ": (
+        *("where(g, g, m)", "where(g == m, g, m)", "where(g != np.float64(1), g, m)"),
+    ),
+    "g > m is a comparison, not a number; where(g > m, 1, 0) makes one": (
+        *("(g > m) * 2", "2 - (g > m)", "m * (g > m)", "sqrt(g > m)", "where(g > 0, g > m, 0)"),
+        *("average(g > m, 0.9)", "minimum(g > m, 0)", "-(g > m)", "abs(g > m)", "(g > m) ** 2"),
+    ),
+    "Python's ==, != and not decide before there are elements": (
+        *("m + (g == m)", "where(g > 0, g != m, 0)", "tanh(g is m)", "True * g"),
+    ),
+    "of what evokernels.terms has and of numbers, got ": (
+        *("g + 'a'", "None * g", "g * 1j", "[1] * g", "sqrt('g')", "tanh(None)", "tanh([g])"),
+        *("g * np.array([1, 2])", "np.array([1, 2]) * g", "g * torch.tensor(2.0)", "g > 'a'"),
+    ),
+    "NumPy's sqrt takes no formulas; evokernels.terms has sign, sqrt,": ("np.sqrt(g)",),
+    "NumPy's maximum takes no formulas; ": ("np.maximum(g, 0)", "np.maximum(0, g)"),
+    "NumPy's power takes no formulas; ": ("np.float64(2) ** g",),
+    "torch's sqrt takes no formulas, nor formulas tensors": ("torch.sqrt(g)",),
+    "torch's mul takes no formulas, nor formulas tensors": ("torch.ones(2) * g",),
+    "a formula is no number yet, ": ("math.exp(g)", "float(g)", "math.floor(g)"),
+    "beta must be beta1, beta2, beta3 or a number between 0 and 1, got ": (
+        *("average(g, 0)", "average(g, 1)", "average(g, -0.5)", "average(g, math.nan)"),
+        *("average(g, 'beta1')", "average(g, True)", "average(g, eps)", "average(g, m)"),
+        *("average(g, np.array([0.9]))", "average(g, torch.tensor(0.9))", "average(g, g > 0)"),
+    ),
+    "averages of averages are not kept": ("average(average(g, 0.9), 0.9)",),
+    "the lower limit before the upper one, got 1 and -1": ("clip(g, 1, -1)",),
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [(text, key) for key, texts in UNWRITABLE.items() for text in texts]
+)
+def test_what_cannot_be_written_says_what_can(text, message):
+    with pytest.raises(TermError, match=".*".join(map(re.escape, message.split(".*")))):
+        eval(text)
+
+
+def test_numbers_of_every_kind_are_numbers():
+    half = np.float32(0.5)
+    kinds = (half, np.float64(0.5), np.array(0.5), fractions.Fraction(1, 2))
+    for x in kinds:
+        assert (x * g, x + g, x - g, x / g) == (0.5 * g, 0.5 + g, 0.5 - g, 0.5 / g)
+        assert (x > g, x < g) == (g < 0.5, g > 0.5)
+        assert g != x
+        assert x != g
+    assert (g * half, g ** np.int64(2)) == (g * 0.5, g**2)
+    assert (sqrt(2), average(g, half)) == (sqrt(Constant(2.0)), average(g, 0.5))
+    assert sum([g, m]) == 0 + g + m
 
 
 def nested(count, step):
@@ -434,22 +507,23 @@ def nested(count, step):
 
 
 TOO_LONG = {
-    "deep": lambda: nested(101, lambda x, _: tanh(x)),
-    "power": lambda: g**1000,
-    "twice at each level": lambda: nested(90, lambda x, _: tanh(x) + x),
-    "in an average": lambda: average(nested(101, lambda x, _: abs(x)), 0.9),
+    "deep": lambda: nested(65, lambda x, _: tanh(x)),
+    "far deeper than Python goes": lambda: nested(9999, lambda x, _: tanh(x)),
+    "squared again and again": lambda: nested(60, lambda x, _: x * x),
+    "twice at each level": lambda: nested(30, lambda x, _: tanh(x) + x),
+    "in an average": lambda: average(nested(65, lambda x, _: abs(x)), 0.9),
 }
 
 
 @pytest.mark.parametrize("formula", TOO_LONG)
 def test_formulas_that_are_too_long(formula):
-    with pytest.raises(TermError, match=r"is too long: .* 5000 operations, .* at most 100 within"):
+    with pytest.raises(TermError, match=r"is too long: .* 1000 operands, .* nests at most 64 op"):
         register("LONG", TOO_LONG[formula]())
 
 
 LONG = {
-    "100 operations": lambda: nested(100, lambda x, i: tanh(x) if i % 2 else x * m),
-    "sums in each other": lambda: nested(40, lambda x, _: abs(x + m)),
+    "64 operations": lambda: nested(64, lambda x, i: tanh(x) if i % 2 else x * m),
+    "sums in each other": lambda: nested(32, lambda x, _: abs(x + m)),
     "clipped again and again": lambda: nested(5, lambda x, i: clip(x, -1 - i, 2 + i)),
     # 2^20 products if all were multiplied out
     "sums of step numbers": lambda: nested(20, lambda x, i: x * (1 + exp(-(i + 1) * beta1))),
@@ -642,17 +716,39 @@ def test_terms_from_a_file(tmp_path):
     assert terms.definitions() == ("SQUASHED = tanh(g)",)
     for text, message in (
         ("x = 1", "registers no term"),
-        ("1 / 0", "cannot read terms from .*ZeroDivisionError"),
-        ("def", "cannot read terms from .*SyntaxError"),
+        ("\n\n1 / 0", "cannot read terms from .*mine.py', line 3: ZeroDivisionError"),
+        ("1\ndef", r"cannot read terms from .*SyntaxError: .*mine.py, line 2\)"),
         ("raise SystemExit(3)", "cannot read terms from .*SystemExit: 3"),
         ("raise ValueError('two\\nlines')", "ValueError: two lines"),
-        ("from evokernels.terms import *\nregister('SQUASHED', m)", "SQUASHED is"),
+        ("from evokernels.terms import *\nregister('SQUASHED', m)", "line 2: SQUASHED is"),
     ):
         path.write_text(text)
         with pytest.raises(TermError, match=message):
             terms.load(path)
-    with pytest.raises(TermError, match="cannot read terms from"):
-        terms.load(tmp_path / "missing.py")
+    for name, reason in (("missing.py", "FileNotFoundError"), ("", "IsADirectoryError")):
+        with pytest.raises(TermError, match=f"cannot read terms from .*: {reason}"):
+            terms.load(tmp_path / name)
+
+
+def test_a_file_of_terms_runs_as_a_script(tmp_path, monkeypatch, capsys):
+    """Options of the command are not its own, and what it prints is no part of what that writes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evolve.py", "--terms", "mine/terms.py"])
+    pathlib.Path("mine").mkdir()
+    pathlib.Path("mine", "terms_beside.py").write_text("beta = 0.5")
+    pathlib.Path("mine", "terms.py").write_text(
+        "import argparse, os\n"
+        "from terms_beside import beta\n"
+        "from evokernels.terms import *\n"
+        "argparse.ArgumentParser().parse_args()\n"
+        "print(register('BESIDE', average(g, beta)))\n"
+        "os.chdir('/')\n"
+    )
+    before = [*sys.path]
+    terms.load("mine/terms.py")
+    assert terms.definitions() == ("BESIDE = average(g, 0.5)",)
+    assert capsys.readouterr() == ("", "'BESIDE'\n")
+    assert (pathlib.Path.cwd(), sys.path, sys.argv[0]) == (tmp_path, before, "evolve.py")
 
 
 def test_a_run_with_own_terms_resumes_and_knows_its_formulas(tmp_path):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 import operator
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 
 from evokernels.compiler.ops import OPS
+from evokernels.compiler.unwritable import Unwritable
+from evokernels.errors import TermError
 
 __all__ = [
     "ON_ARRAYS",
@@ -29,8 +33,10 @@ __all__ = [
     "cospi",
     "exp",
     "expm1",
+    "expression",
     "log1p",
     "minimum",
+    "shown",
     "sign",
     "sqrt",
     "substitute",
@@ -40,34 +46,37 @@ __all__ = [
 ]
 
 
-class Expr:
+_MOST_POWER = 64
+
+
+class Expr(Unwritable):
     """An immutable expression; Python's arithmetic operators build larger ones."""
 
     __slots__ = ()
 
     def __add__(self, other: Expr | float) -> Expr:
-        return Call("add", (self, _expr(other)))
+        return Call("add", (self, expression(other)))
 
     def __radd__(self, other: float) -> Expr:
-        return Call("add", (_expr(other), self))
+        return Call("add", (expression(other), self))
 
     def __sub__(self, other: Expr | float) -> Expr:
-        return Call("sub", (self, _expr(other)))
+        return Call("sub", (self, expression(other)))
 
     def __rsub__(self, other: float) -> Expr:
-        return Call("sub", (_expr(other), self))
+        return Call("sub", (expression(other), self))
 
     def __mul__(self, other: Expr | float) -> Expr:
-        return Call("mul", (self, _expr(other)))
+        return Call("mul", (self, expression(other)))
 
     def __rmul__(self, other: float) -> Expr:
-        return Call("mul", (_expr(other), self))
+        return Call("mul", (expression(other), self))
 
     def __truediv__(self, other: Expr | float) -> Expr:
-        return Call("div", (self, _expr(other)))
+        return Call("div", (self, expression(other)))
 
     def __rtruediv__(self, other: float) -> Expr:
-        return Call("div", (_expr(other), self))
+        return Call("div", (expression(other), self))
 
     def __neg__(self) -> Expr:
         return -1.0 * self
@@ -87,15 +96,19 @@ class Expr:
         return Call("abs", (self,))
 
     def __pow__(self, exponent: int) -> Expr:
-        if not isinstance(exponent, int) or exponent < 1:
-            raise TypeError(f"powers are whole numbers from 1, got {exponent!r}; there is sqrt")
-        return functools.reduce(operator.mul, [self] * exponent)
+        whole = isinstance(exponent, numbers.Integral) and not isinstance(exponent, bool)
+        if not whole or not 1 <= exponent <= _MOST_POWER:
+            raise TermError(
+                f"powers are whole numbers from 1 to {_MOST_POWER}, got {shown(exponent)}; there "
+                "are sqrt, and / for negative ones"
+            )
+        return functools.reduce(operator.mul, [self] * int(exponent))
 
     def __gt__(self, other: Expr | float) -> Condition:
-        return Condition(self, _expr(other))
+        return Condition(self, expression(other))
 
     def __lt__(self, other: Expr | float) -> Condition:
-        return Condition(_expr(other), self)
+        return Condition(expression(other), self)
 
 
 @dataclass(frozen=True)
@@ -137,7 +150,7 @@ class Call(Expr):
 
     def __str__(self) -> str:
         """Infix text with only the brackets that it needs."""
-        if self.op == "add" and (taken := _negated(self.args[1])):
+        if self.op == "add" and (taken := _negated(self.args[1])) is not None:
             return str(self.args[0] - taken)
         binds = OPS[self.op].binds
         texts = [str(arg) for arg in self.args]
@@ -168,64 +181,70 @@ class Average(Expr):
 
 
 @dataclass(frozen=True)
-class Condition:
+class Condition(Unwritable):
     """Whether one value is above another, for `where`."""
 
     above: Expr
     below: Expr
 
-    def __bool__(self) -> bool:
-        raise TypeError(
-            "a comparison differs from element to element: give it to where(), "
-            "which also stands for if, and, or and chains of comparisons"
-        )
+    def __str__(self) -> str:
+        return f"{self.above} > {self.below}"
+
+    def _is_no_number(self, *_: Any) -> NoReturn:
+        raise TermError(f"{self} is a comparison, not a number; where({self}, 1, 0) makes one")
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _is_no_number
+    __truediv__ = __rtruediv__ = __pow__ = __neg__ = __abs__ = __gt__ = __lt__ = _is_no_number
 
 
 def sqrt(x: Expr) -> Expr:
     """Square root."""
-    return Call("sqrt", (x,))
+    return Call("sqrt", (expression(x),))
 
 
 def exp(x: Expr) -> Expr:
     """e to the power of x."""
-    return Call("exp", (x,))
+    return Call("exp", (expression(x),))
 
 
 def log1p(x: Expr) -> Expr:
     """The natural logarithm of 1 + x."""
-    return Call("log1p", (x,))
+    return Call("log1p", (expression(x),))
 
 
 def tanh(x: Expr) -> Expr:
     """The hyperbolic tangent."""
-    return Call("tanh", (x,))
+    return Call("tanh", (expression(x),))
 
 
 def where(condition: Condition, then: Expr | float, otherwise: Expr | float) -> Expr:
     """One value where the condition holds, another one elsewhere; NaN where it compares a NaN."""
     if not isinstance(condition, Condition):
-        raise TypeError(f"where takes a comparison such as g > 0, got {condition!r}")
-    return Call("where", (condition.above, condition.below, _expr(then), _expr(otherwise)))
+        raise TermError(
+            f"where takes a comparison with > or <, such as g > 0, got {shown(condition)}"
+        )
+    chosen = expression(then), expression(otherwise)
+    return Call("where", (condition.above, condition.below, *chosen))
 
 
 def sign(x: Expr) -> Expr:
     """-1, 0 or 1; NaN for NaN."""
-    return Call("sign", (x,))
+    return Call("sign", (expression(x),))
 
 
 def expm1(x: Expr) -> Expr:
     """e to the power of x, less 1."""
-    return Call("expm1", (x,))
+    return Call("expm1", (expression(x),))
 
 
 def cospi(x: Expr) -> Expr:
     """The cosine of pi times x."""
-    return Call("cospi", (x,))
+    return Call("cospi", (expression(x),))
 
 
 def minimum(a: Expr | float, b: Expr) -> Expr:
     """The smaller one; NaN where `b` is."""
-    return Call("min", (_expr(a), b))
+    return Call("min", (expression(a), b))
 
 
 def clamp(x: Expr, low: Expr, high: Expr) -> Expr:
@@ -378,5 +397,27 @@ def _in_full(expr: Expr, python: bool) -> Expr:
     return expr
 
 
-def _expr(value: Expr | float) -> Expr:
-    return value if isinstance(value, Expr) else Constant(float(value))
+def expression(value: Expr | float) -> Expr:
+    """A formula or a number as a formula; raises TermError for anything else."""
+    if isinstance(value, Expr):
+        return value
+    if isinstance(value, Condition):
+        value._is_no_number()
+    if isinstance(value, bool):  # g == m, not g
+        raise TermError(
+            f"a formula is made of what evokernels.terms has, got {value}; Python's ==, != and not "
+            "decide before there are elements, where() with > or < decides for each of them"
+        )
+    if not isinstance(value, numbers.Real):
+        raise TermError(
+            f"a formula is made of what evokernels.terms has and of numbers, got {shown(value)}"
+        )
+    try:
+        return Constant(float(value))
+    except OverflowError:
+        raise TermError(f"{shown(value)} is beyond all floating-point numbers") from None
+
+
+def shown(value: object) -> str:
+    """What a user gave, as text that is not too long."""
+    return str(value) if isinstance(value, Unwritable) else reprlib.repr(value)

@@ -27,6 +27,8 @@ from evokernels.genome import Genome, OwnTerm
 __all__ = ["class_name", "render_torch"]
 
 
+_LONGEST_NAME = 40
+
 # Names that the file has for something else, and which a class could have.
 _TAKEN = ("Any", "Callable", "Iterable", "MOMENTS", "Tensor", "ValueError")
 
@@ -41,9 +43,12 @@ class _Option(NamedTuple):
 
 
 def class_name(text: str) -> str:
-    """A name for the class, from that of a file or genome: ``my_optimizer`` → ``MyOptimizer``."""
+    """A name for the class, from that of a file or genome: ``my_optimizer`` → ``MyOptimizer``.
+
+    Longer ones are cut off, so that lines with it are not too long.
+    """
     words = re.findall(r"[A-Za-z0-9]+", text)
-    name = "".join(word[0].upper() + word[1:] for word in words)
+    name = "".join(word[0].upper() + word[1:] for word in words)[:_LONGEST_NAME]
     if not name or name[0].isdigit() or keyword.iskeyword(name) or name in _TAKEN:
         name = f"Optimizer{name}"
     return name
@@ -144,34 +149,24 @@ def _arguments(options: Sequence[_Option]) -> Iterable[str]:
 
 def _checks(options: Sequence[_Option]) -> Iterable[str]:
     """Of "group", the options that an added group will have."""
-    names = [option.name for option in options]
-    positive = [name for name in ("lr", "eps", "weight_decay") if name in names]
-    yield from (
-        f"for name in {_tuple(positive)}:",
-        "    if not 0.0 <= group[name] < math.inf:",
-        '        raise ValueError(f"{name} must be at least 0 and finite, got {group[name]}")',
-    )
-    if "betas" in names:
-        yield from (
-            'if not all(0.0 <= beta < 1.0 for beta in group["betas"]):',
-            "    raise ValueError(f\"betas must lie in [0, 1), got {group['betas']}\")",
-        )
-    if "beta3" in names:
-        yield from (
-            'if not 0.0 <= group["beta3"] < 1.0:',
-            "    raise ValueError(f\"beta3 must lie in [0, 1), got {group['beta3']}\")",
-        )
-    if "clip_value" in names:
-        yield from (
-            'if not group["clip_value"] > 0.0:',
-            "    raise ValueError(f\"clip_value must be above 0, got {group['clip_value']}\")",
-        )
-    if steps := [name for name in ("warmup_steps", "total_steps") if name in names]:
-        yield from (
-            f"for name in {_tuple(steps)}:",
-            "    if not group[name] >= 1:",
-            '        raise ValueError(f"{name} must be at least 1, got {group[name]}")',
-        )
+    names = {option.name for option in options}
+    for checked, wrong, allowed in (
+        (("lr", "eps", "weight_decay"), "not _is_number({})", "a number from 0 on"),
+        (("betas",), "not _are_betas({})", "two numbers in [0, 1)"),
+        (("beta3",), "not _is_number({}, below=1.0)", "a number in [0, 1)"),
+        (("clip_value",), "not _is_number({0}) or {0} == 0.0", "a number above 0"),
+        (("warmup_steps", "total_steps"), "not _is_count({})", "a whole number from 1 on"),
+        (("maximize", "foreach"), "{} not in (True, False, None)", "True or False"),
+    ):
+        there = [name for name in checked if name in names or name in ("maximize", "foreach")]
+        if len(there) > 1:
+            yield f"for name in {_tuple(there)}:"
+            yield f"    if {wrong.format('group[name]')}:"
+            yield f'        raise ValueError(f"{{name}} must be {allowed}, got {{group[name]!r}}")'
+        for name in there if len(there) == 1 else ():
+            yield f'{name} = group["{name}"]'
+            yield f"if {wrong.format(name)}:"
+            yield f'    raise ValueError(f"{name} must be {allowed}, got {{{name}!r}}")'
 
 
 def _moments(names: Collection[str]) -> str:
@@ -247,7 +242,9 @@ def _documentation(name: str, rule: Rule, options: Sequence[_Option]) -> Iterabl
     state = {"m": "``exp_avg`` (m)", "v": "``exp_avg_sq`` (v)"}
     kept = [state.get(key, f"``{value}`` ({key})") for key, value in rule.state_names.items()]
     yield from (
-        f'"""An evolved update rule: ``{name}(model.parameters(){given})``.',
+        '"""An evolved update rule.',
+        "",
+        f"Used as ``{name}(model.parameters(){given})``.",
         "",
         "Step t = 1, 2, … of a parameter p with gradient g, for each element::",
         "",

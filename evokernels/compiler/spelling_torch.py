@@ -214,10 +214,13 @@ def _number(expr: Expr) -> tuple[str, int]:
 
 
 def _broken(expr: Expr) -> str:
-    """The text of a number, in several lines if it must be: a summand in each."""
+    """The text of a number, in several lines if it must be: a summand or a choice in each."""
     text = number_text(expr)
     if len(text) < WIDTH - 20:
         return text
+    if isinstance(expr, Call) and expr.op == "where":
+        above, below, then, otherwise = map(number_text, expr.args)
+        return "\n    ".join(["(", then, f"if {above} > {below}", f"else {otherwise}"]) + "\n)"
     summands = [expr]
     while isinstance(summands[0], Call) and summands[0].op == "add":
         summands[:1] = summands[0].args

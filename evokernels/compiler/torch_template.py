@@ -6,11 +6,12 @@ Lines that begin with a tilde are there if the rule keeps moments.
 __all__ = ["FILE", "HELPERS"]
 
 FILE = '''\
-"""$name: an evolved optimizer in one file, which needs nothing but torch."""
+"""An evolved optimizer in one file, which needs nothing but torch."""
 
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -43,6 +44,8 @@ $options
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; options that the group leaves out have their defaults."""
         group = {**self.defaults, **param_group}
+        if isinstance(group["lr"], Tensor):
+            group["lr"] = group["lr"].item()
 $checks
         super().add_param_group(param_group)
 
@@ -67,17 +70,17 @@ $rates
                 [(-p.grad if group["maximize"] else p.grad).to(dtype) for p in params],
 ~                *([state[name] for state in states] for name in MOMENTS),
             ]
-            numbers = {
+            scalars = {
 $numbers
             }
             foreach = group["foreach"]
             if foreach is None:  # as torch's optimizers choose
                 foreach = params[0].is_cuda and type(params[0]) in (Tensor, torch.nn.Parameter)
             if foreach:
-                _update_lists(*tensors, **numbers)
+                _update_lists(*tensors, **scalars)
             else:
                 for each in zip(*tensors, strict=True):
-                    _update(*each, **numbers)
+                    _update(*each, **scalars)
             for p, value, state in zip(params, values, states, strict=True):
                 if value is not p:
                     p.copy_(value)
@@ -136,8 +139,27 @@ $one
 $lists
 '''
 
-# What torch has otherwise, or not at all.
+# What a file has if it is called: checks of options, and what torch has otherwise or not at all.
 HELPERS = {
+    "_is_number": '''
+
+def _is_number(option: Any, below: float = math.inf) -> bool:
+    """Whether it is a number in [0, below)."""
+    return isinstance(option, numbers.Real) and 0.0 <= option < below
+''',
+    "_are_betas": '''
+
+def _are_betas(option: Any) -> bool:
+    """Whether it is a pair of numbers in [0, 1)."""
+    is_pair = isinstance(option, (tuple, list)) and len(option) == 2
+    return is_pair and all(_is_number(beta, below=1.0) for beta in option)
+''',
+    "_is_count": '''
+
+def _is_count(option: Any) -> bool:
+    """Whether it is a whole number from 1 on."""
+    return isinstance(option, numbers.Integral) and option >= 1
+''',
     "_sign": '''
 
 def _sign(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from evokernels.kernels.rounding import (
 
 __all__ = ["EagerBackend"]
 
-Value = torch.Tensor | float  # scalars, and sums that have no term yet, are Python numbers
+Value = torch.Tensor | float  # scalars are Python numbers
 
 
 def _sign(x: torch.Tensor) -> torch.Tensor:
@@ -32,8 +32,8 @@ def _fma(a: Value, b: torch.Tensor, c: Value) -> torch.Tensor:
     return torch.add(c, b, alpha=a) if isinstance(a, float) else torch.addcmul(c, a, b)
 
 
-def _weigh(weight: float, x: torch.Tensor) -> Value:
-    return weight * x if weight != 0 else 0.0
+def _weigh(weight: float, x: torch.Tensor) -> torch.Tensor:
+    return weight * x if weight != 0 else torch.zeros_like(x)
 
 
 def _weigh_add(weight: float, x: torch.Tensor, total: Value) -> Value:

@@ -22,6 +22,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from evokernels.errors import SettingsError
+from evokernels.genome import MOST_TERMS
 from evokernels.search.score import Score
 from evokernels.search.spaces import OptimizerSpace, Space, catalogue_terms
 
@@ -65,7 +66,7 @@ class GeneticConfig:
             ("generations", 1, None),
             ("elites", 0, self.population - 1),
             ("tournament", 1, self.population),
-            ("max_terms", 1, None),
+            ("max_terms", 1, MOST_TERMS),
         )
 
 
