@@ -28,8 +28,9 @@ $(VENV)/.done: $(SOURCES)
 evolve: setup
 	$(RUN) bench/evolve.py --preset quick
 
+# files side by side, each by one process, which makes its clusters, browsers and libraries once
 test: setup lint browser
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Chromium, in which tests open reports: nothing to do where it is there already
 browser:

@@ -524,7 +524,7 @@ def test_formulas_that_are_too_long(formula):
 LONG = {
     "64 operations": lambda: nested(64, lambda x, i: tanh(x) if i % 2 else x * m),
     "sums in each other": lambda: nested(32, lambda x, _: abs(x + m)),
-    "clipped again and again": lambda: nested(5, lambda x, i: clip(x, -1 - i, 2 + i)),
+    "clipped again and again": lambda: nested(3, lambda x, i: clip(x, -1 - i, 2 + i)),
     # 2^20 products if all were multiplied out
     "sums of step numbers": lambda: nested(20, lambda x, i: x * (1 + exp(-(i + 1) * beta1))),
 }
