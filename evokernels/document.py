@@ -55,13 +55,15 @@ class Document:
 
     A child says what it is called in messages (``NOUN``), which error they are (``ERROR``), the
     version of its fields (``SCHEMA_VERSION``), what to write in place of NaN and Infinity
-    (``NO_CONSTANT``), and has `to_dict` and `from_dict`.
+    (``NO_CONSTANT``), which fields may be missing (``SOMETIMES``), and has `to_dict` and
+    `from_dict`.
     """
 
     NOUN: ClassVar[str]
     ERROR: ClassVar[type[EvokernelsError]]
     SCHEMA_VERSION: ClassVar[int] = 1
     NO_CONSTANT: ClassVar[str]
+    SOMETIMES: ClassVar[Collection[str]] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict with all fields and ``schema_version``."""
@@ -73,20 +75,17 @@ class Document:
         raise NotImplementedError
 
     @classmethod
-    def _fields(
-        cls, data: Mapping[str, Any], versioned: bool, sometimes: Collection[str] = ()
-    ) -> dict[str, Any]:
+    def _fields(cls, data: Mapping[str, Any], versioned: bool) -> dict[str, Any]:
         """The fields of a dict, without ``schema_version``; raises ``ERROR`` for other ones.
 
         Args:
             versioned: a dict must have its version. With a version all fields must be there.
-            sometimes: fields that may be missing all the same.
         """
         if not isinstance(data, Mapping):
             raise cls.ERROR(f"{_a(cls.NOUN)} is a JSON object, got {type(data).__name__}")
         fields = dict(data)
         for other in Document.__subclasses__():
-            if other is not cls and {f.name for f in dataclasses.fields(other)} <= fields.keys():
+            if other is not cls and set(other._always()) <= fields.keys():
                 raise cls.ERROR(f"this is {_a(other.NOUN)}, not {_a(cls.NOUN)}")
         versioned = versioned or "schema_version" in fields
         version = fields.pop("schema_version", None if versioned else cls.SCHEMA_VERSION)
@@ -101,12 +100,16 @@ class Document:
                 close = difflib.get_close_matches(str(name), known, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
                 raise cls.ERROR(f"unknown {cls.NOUN} field {name!r}; {hint}")
-        missing = [name for name in known if name not in fields and name not in sometimes]
+        missing = [name for name in cls._always() if name not in fields]
         if versioned and missing:
             raise cls.ERROR(
                 f"{cls.NOUN} lacks {', '.join(missing)}; a versioned {cls.NOUN} has them all"
             )
         return fields
+
+    @classmethod
+    def _always(cls) -> list[str]:
+        return [f.name for f in dataclasses.fields(cls) if f.name not in cls.SOMETIMES]
 
     def to_json(self) -> str:
         """Standard JSON (no NaN or Infinity), every digit kept, newline at the end."""

@@ -12,7 +12,7 @@ import math
 import numbers
 import reprlib
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 from evokernels.document import Document
@@ -202,6 +202,7 @@ class Genome(Document):
     NOUN: ClassVar[str] = "genome"
     ERROR: ClassVar[type[GenomeError]] = GenomeError
     NO_CONSTANT: ClassVar[str] = "no weight decay is null"
+    SOMETIMES: ClassVar[Collection[str]] = ("beta3",)
 
     term_types: Sequence[Term | OwnTerm | str | int] = (Term.GRAD,)
     alphas: Sequence[float] = (1.0,)
@@ -287,7 +288,7 @@ class Genome(Document):
         Raises:
             GenomeError: unknown or missing field, unknown version, or an invalid value.
         """
-        fields = cls._fields(data, versioned=False, sometimes=("beta3",))
+        fields = cls._fields(data, versioned=False)
         if fields.get("wd_log10", 0) is None:
             fields["wd_log10"] = -math.inf
         genome = cls(**fields)

@@ -243,7 +243,7 @@ def test_an_exported_file_has_it_among_its_defaults(foreach, corrects):
     theirs.load_state_dict(ours.state_dict())
     assert [group["beta3"] for group in theirs.param_groups] == [0.5, 0.75]
     assert '"beta3": 0.5' in kind.__doc__
-    with pytest.raises(ValueError, match=r"beta3 must lie in \[0, 1\), got 1.0"):
+    with pytest.raises(ValueError, match=r"beta3 must be a number in \[0, 1\), got 1.0"):
         kind([a], beta3=1.0)
     alone = exported(slow(use_v=False))([a])
     assert list(alone.defaults)[:2] == ["lr", "beta3"]  # no betas, which nothing reads
