@@ -37,7 +37,7 @@ def family_section(
     others = len(tree.nodes) - 1
     refined = any(member.descent is Descent.REFINED for member in tree.members)
     descends = (
-        f"descends from {others} other {noun}{'s' if others > 1 else ''}; the line of its better "
+        f"descends from {parts.counted(others, f'other {noun}')}; the line of its better "
         f"parents begins in generation {line[-1].generation + 1}. Each {noun} stands where it "
         f"first appeared.{' Dashed: refined by ENES.' if refined else ''}"
         if others
