@@ -57,7 +57,7 @@ struct Choice<false, Yes, No> {
 };
 
 /* What vectors are updated with: registers do not hold doubles, nor floats beside random bits, nor
- * more floats than the largest rule of the classic catalogue has: with the 31 of the whole wide
+ * more floats than the largest rule of the classic catalogue has: with the 38 of the whole wide
  * catalogue an sm_75 has two blocks at a time, with those in shared memory three. */
 #define EVK_MOST_IN_REGISTERS 20
 
