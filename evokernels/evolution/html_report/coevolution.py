@@ -188,9 +188,7 @@ def _search_sections(
         parts.components(numbers, architectures),
         parts.terms(numbers, optimizers),
         _plan(settings, history, journal),
-        parts.evaluations(journal),
-        parts.configuration(settings.to_dict()),
-        parts.machine_section(journal, settings.device),
+        *parts.closing(journal, settings.to_dict(), settings.device),
     ]
 
 

@@ -76,9 +76,7 @@ def contest_page(contest: Contest, result: ContestResult, journal: Journal) -> P
         ],
         [
             *sections,
-            parts.evaluations(journal),
-            parts.configuration(configured),
-            parts.machine_section(journal, contest.device),
+            *parts.closing(journal, configured, contest.device),
         ],
     )
 

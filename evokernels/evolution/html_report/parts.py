@@ -18,14 +18,13 @@ from evokernels.evolution.winner import Winner
 from evokernels.genome import Genome
 
 __all__ = [
+    "closing",
     "comparison_pictures",
     "comparison_tables",
     "components",
     "configuration",
     "counted",
-    "evaluations",
     "luck",
-    "machine_section",
     "number",
     "signed",
     "spread_pictures",
@@ -247,7 +246,18 @@ def luck(settings: TrainingSettings, winner: Winner) -> Section:
     )
 
 
-def evaluations(journal: Journal) -> Section:
+def closing(journal: Journal, settings: Mapping[str, Any], device: str) -> list[Section]:
+    """The last sections of every report: training runs, configuration, machine.
+
+    Args:
+        journal: of the run.
+        settings: of the run, by name.
+        device: where it trains.
+    """
+    return [_evaluations(journal), configuration(settings), _machine(journal, device)]
+
+
+def _evaluations(journal: Journal) -> Section:
     """How the training runs of a journal ended."""
     rows = journal.query(
         "SELECT purpose, status, count(*), sum(steps), avg(CASE WHEN status = 'ok' "
@@ -292,7 +302,7 @@ def _setting(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def machine_section(journal: Journal, device: str) -> Section:
+def _machine(journal: Journal, device: str) -> Section:
     """All of a report that may differ between two runs of one history: times, machine, versions."""
     seconds = journal.query(
         "SELECT purpose, count(*), sum(steps), sum(seconds) FROM evaluation GROUP BY purpose "

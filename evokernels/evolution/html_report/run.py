@@ -88,7 +88,7 @@ def run_page(settings: RunSettings, result: RunResult, lineage: Lineage, journal
         parts.luck(settings, result.winner),
         *_search_sections(settings, result.history, lineage, "the winner", result.best),
         _ledger(result.ledger, result.audit),
-        *_closing_sections(settings, journal),
+        *parts.closing(journal, settings.to_dict(), settings.device),
     ]
     return Page(TITLE, _subtitle(settings, len(result.history)), _facts(settings, result), sections)
 
@@ -129,7 +129,7 @@ def running_page(
             _rule("The best rule so far", best),
             *_search_sections(settings, history, lineage, "the best so far", best),
             _ledger(ledger),
-            *_closing_sections(settings, journal),
+            *parts.closing(journal, settings.to_dict(), settings.device),
         ],
         state,
     )
@@ -162,14 +162,6 @@ def _search_sections(
         *fitness_sections(numbers, settings, history),
         family_section("family", subject, lineage, best.genome),
         parts.terms(numbers, asked),
-    ]
-
-
-def _closing_sections(settings: RunSettings, journal: Journal) -> list[Section]:
-    return [
-        parts.evaluations(journal),
-        parts.configuration(settings.to_dict()),
-        parts.machine_section(journal, settings.device),
     ]
 
 
