@@ -78,7 +78,12 @@ def coevolution_page(
             _trained(settings, result.history),
         ],
         [
-            _pair("The winning pair", settings, result.best),
+            _pair(
+                "The winning pair",
+                settings,
+                result.best,
+                "as JSON (best_architecture.json, best_genome.json)",
+            ),
             Section(
                 "comparison",
                 "The pair beside the tasks' own networks",
@@ -137,7 +142,7 @@ def running_page(
             _trained(settings, history),
         ],
         [
-            _pair("The best pair so far", settings, best),
+            _pair("The best pair so far", settings, best, parts.OF_THIS_PAGE),
             *_search_sections(settings, history, pairs, lineages, best, journal),
         ],
         state,
@@ -192,7 +197,7 @@ def _search_sections(
     ]
 
 
-def _pair(title: str, settings: CoevolutionSettings, best: Measured) -> Section:
+def _pair(title: str, settings: CoevolutionSettings, best: Measured, listed: str) -> Section:
     pair = best.pair
     decoded = [(task, get_task(task).decode(pair.architecture)) for task in settings.tasks]
     items: list[Item] = [
@@ -209,7 +214,7 @@ def _pair(title: str, settings: CoevolutionSettings, best: Measured) -> Section:
         Rule(pair.optimizer),
         Listing(
             f"{pair.architecture.to_json()}\n{pair.optimizer.to_json()}",
-            "as JSON (best_architecture.json, best_genome.json)",
+            listed,
         ),
     ]
     if best.score.status.failed:

@@ -18,6 +18,7 @@ from evokernels.evolution.winner import Winner
 from evokernels.genome import Genome
 
 __all__ = [
+    "OF_THIS_PAGE",
     "closing",
     "comparison_pictures",
     "comparison_tables",
@@ -30,6 +31,9 @@ __all__ = [
     "spread_pictures",
     "terms",
 ]
+
+# Files follow every generation, the page of a run that goes on does not.
+OF_THIS_PAGE = "as JSON (the files of the run may have a later one)"
 
 
 def number(value: float | None) -> str:

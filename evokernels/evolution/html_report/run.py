@@ -83,7 +83,7 @@ def run_page(settings: RunSettings, result: RunResult, lineage: Lineage, journal
         ],
     )
     sections = [
-        _rule("The winning rule", result.best),
+        _rule("The winning rule", result.best, "as JSON (best_genome.json)"),
         compared,
         parts.luck(settings, result.winner),
         *_search_sections(settings, result.history, lineage, "the winner", result.best),
@@ -126,7 +126,7 @@ def running_page(
             *_search_facts(search),
         ],
         [
-            _rule("The best rule so far", best),
+            _rule("The best rule so far", best, parts.OF_THIS_PAGE),
             *_search_sections(settings, history, lineage, "the best so far", best),
             _ledger(ledger),
             *parts.closing(journal, settings.to_dict(), settings.device),
@@ -183,16 +183,16 @@ def _search_facts(search: Cost) -> list[tuple[str, str, str]]:
     ]
 
 
-def _rule(title: str, best: Scored) -> Section:
+def _rule(title: str, best: Scored, listed: str) -> Section:
     genome = best.genome
     items: list[Item] = [
         Rule(genome),
         Text(
             "p: parameters, g: their gradient, m and v: its moments, with a hat where corrected "
             "for their start at zero; t: the step, counted from 1. Every assignment is a step's, "
-            "and for each element. In best_genome.json."
+            "and for each element."
         ),
-        Listing(genome.to_json(), "as JSON"),
+        Listing(genome.to_json(), listed),
     ]
     if best.score.status.failed:
         items.insert(0, Text("Every genome failed in at least one of its training runs."))
