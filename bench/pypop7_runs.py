@@ -8,6 +8,7 @@ pypop7 asks for many more packages than its ENES imports, hence no dependencies.
 
 from __future__ import annotations
 
+import argparse
 import math
 import pathlib
 from collections.abc import Callable
@@ -100,6 +101,10 @@ def recorded(name: str) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()  # none but --help
+
     from pypop7.optimizers.nes.enes import ENES
 
     runs = {f"{name}/{key}": v for name in CASES for key, v in trace(ENES, name).items()}

@@ -494,6 +494,14 @@ def test_help_says_where_a_run_goes(command, capsys, script, folder):
     assert f"({folder})" in capsys.readouterr().out
 
 
+def test_help_measures_nothing(command, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    monkeypatch.setattr(importlib.import_module("cluster"), "run", lambda: pytest.fail("it ran"))
+    with pytest.raises(SystemExit, match="0"):
+        command("cluster", "--help")
+    assert "Writes results/cluster.md" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
